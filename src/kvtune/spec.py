@@ -1,0 +1,161 @@
+"""KV layout of a model from its config dict, and the packed layout of a block.
+
+The only place where KV bytes are computed: planner, pool, kernels, tiers and simulator call it.
+
+Notation: n tokens in the sequence, B tokens per block, W window, h KV heads, d head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from kvtune.errors import UsageError
+
+__all__ = ["CODEC_STORAGE", "CodecStorage", "KVGroup", "LayerKind", "PackedLayout", "codec_storage"]
+
+BLOCK_ALIGN = 64
+"""Blocks and code tiles start on a cache line, so that one 64-byte load never straddles two."""
+
+
+class LayerKind(StrEnum):
+    """What a layer keeps between steps. Values are Transformers' `layer_types` words where it has them."""
+
+    FULL = "full_attention"
+    SLIDING = "sliding_attention"
+    CHUNKED = "chunked_attention"
+    MLA = "mla"
+    SHARED = "shared"
+    """Attends to another layer's KV and stores none."""
+    LINEAR = "linear_attention"
+    MAMBA1 = "mamba1"
+    MAMBA2 = "mamba2"
+    NONE = "none"
+    """No attention, no state (an MLP-only layer)."""
+
+
+@dataclass(frozen=True, slots=True)
+class CodecStorage:
+    """Stored bits of one codec: `code_bits` per element plus `strip_values` fp16 per token per head."""
+
+    name: str
+    code_bits: int
+    strip_values: int
+
+    def bits_per_element(self, head_dim: int) -> float:
+        return self.code_bits + 16 * self.strip_values / head_dim
+
+
+CODEC_STORAGE = {
+    c.name: c
+    for c in (
+        CodecStorage("fp32", 32, 0),
+        CodecStorage("bf16", 16, 0),
+        CodecStorage("fp16", 16, 0),
+        CodecStorage("int8", 8, 1),  # symmetric: scale
+        CodecStorage("int4", 4, 2),  # asymmetric: scale, minimum
+    )
+}
+
+
+def codec_storage(name: str) -> CodecStorage:
+    """Storage facts of a codec; UsageError names the known ones."""
+    try:
+        return CODEC_STORAGE[name]
+    except KeyError:
+        raise UsageError(f"unknown KV codec {name!r}; known: {', '.join(CODEC_STORAGE)}") from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedLayout:
+    """Byte layout of one block of one layer. The same bytes serve CPU and GPU kernels.
+
+    ::
+
+        block = [K codes][V codes][K strip][V strip][pad to 64]
+
+        K codes  [h][B/16][d/e][16 tokens][4 bytes]   e = elements in 4 bytes (fp32 1, bf16 2, int8 4, int4 8)
+        V codes  [h][B/e][d][4 bytes]                 the 4 bytes hold e consecutive tokens of one dim
+        strip    [h][strip_values][B] fp16            per token per head: scale (, minimum)
+
+    A 4-byte word of K is one token's next e dims, so a 64-byte load is 16 tokens side by side: a dot
+    product needs no horizontal sum, and the words are the B operand of VNNI (dpbusd, dpbf16ps) and of AMX.
+    int4: the low nibbles of the word's 4 bytes are elements 0-3, the high nibbles elements 4-7.
+    int8 is stored as unsigned with offset 128. (Layout: our micro-benchmarks of row-major against tiles.)
+    B must be a multiple of 16 and d of 8.
+    """
+
+    block_size: int
+    num_kv_heads: int
+    k_head_dim: int
+    v_head_dim: int
+    k_codec: str
+    v_codec: str
+
+    def __post_init__(self) -> None:
+        if self.block_size % 16:
+            raise UsageError(f"block size {self.block_size} is not a multiple of 16, which kernels need")
+        for name, dim in (("k_head_dim", self.k_head_dim), ("v_head_dim", self.v_head_dim)):
+            if dim % 8 or dim <= 0:
+                raise UsageError(
+                    f"{name} {dim} is not a positive multiple of 8, which the packed layout needs"
+                )
+        codec_storage(self.k_codec)
+        codec_storage(self.v_codec)
+
+    def _code_bytes(self, codec: str, dim: int) -> int:
+        return self.num_kv_heads * self.block_size * dim * codec_storage(codec).code_bits // 8
+
+    def _strip_bytes(self, codec: str) -> int:
+        return self.num_kv_heads * self.block_size * codec_storage(codec).strip_values * 2
+
+    @property
+    def k_codes_bytes(self) -> int:
+        return self._code_bytes(self.k_codec, self.k_head_dim)
+
+    @property
+    def v_codes_offset(self) -> int:
+        return self.k_codes_bytes  # a multiple of 64: 16 tokens x 8 dims x 4 bits = 64 bytes
+
+    @property
+    def v_codes_bytes(self) -> int:
+        return self._code_bytes(self.v_codec, self.v_head_dim)
+
+    @property
+    def k_strip_offset(self) -> int:
+        return self.v_codes_offset + self.v_codes_bytes
+
+    @property
+    def k_strip_bytes(self) -> int:
+        return self._strip_bytes(self.k_codec)
+
+    @property
+    def v_strip_offset(self) -> int:
+        return self.k_strip_offset + self.k_strip_bytes
+
+    @property
+    def v_strip_bytes(self) -> int:
+        return self._strip_bytes(self.v_codec)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes one block takes in the arena, scales and padding included."""
+        end = self.v_strip_offset + self.v_strip_bytes
+        return -(-end // BLOCK_ALIGN) * BLOCK_ALIGN
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVGroup:
+    """Layers that share one block table: same kind, window and head geometry.
+
+    `layers` are model layer indices; `window` is in tokens (a query at position p sees
+    positions > p - window), None for full attention.
+    """
+
+    index: int
+    kind: LayerKind
+    layers: tuple[int, ...]
+    num_kv_heads: int
+    k_head_dim: int
+    v_head_dim: int
+    window: int | None = None

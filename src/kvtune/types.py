@@ -1,0 +1,204 @@
+"""The vocabulary every package shares: ids, requests, and the records that cross packages.
+
+Standard library and numpy only. No behaviour beyond derived properties, no tensors.
+A type used by one package lives with its producer; a type used by three lives here.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NewType
+
+import numpy as np
+import numpy.typing as npt
+
+RequestId = NewType("RequestId", str)
+BlockId = NewType("BlockId", int)
+BlockHash = NewType("BlockHash", bytes)
+"""SHA-256 over (parent hash, token ids); the root is SHA-256 over (fingerprint, tenant salt)."""
+
+TokenArray = npt.NDArray[np.int32]
+BlockTable = npt.NDArray[np.int32]
+
+
+class FinishReason(StrEnum):
+    """Why a request ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+class MissCause(StrEnum):
+    """Why prompt tokens had to be computed although prefix caching exists."""
+
+    NEVER_SEEN = "never_seen"
+    EVICTED = "evicted"
+    PARTIAL_BLOCK = "partial_block"
+    """The prompt's last, not full block is never shared."""
+    LAST_TOKEN = "last_token"
+    """Everything was cached; the last token is computed again to get its logits."""
+    WINDOW = "window"
+    """Some group had the blocks, another group had lost a part of its window."""
+    DISABLED = "disabled"
+    PREEMPTED = "preempted"
+    """Computed once, lost to preemption, computed again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to pick the next tokens. `temperature == 0` is greedy; `top_k == 0` means off."""
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """None: no log-probabilities; n >= 0: the chosen token's and the n most likely ones'."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One generation request as the scheduler sees it.
+
+    `priority`: larger is more urgent; priority > 0 may use the reserved headroom.
+    `tenant` is accounting only; `cache_salt` separates cached blocks (never shared across salts).
+    """
+
+    request_id: RequestId
+    prompt_token_ids: TokenArray
+    sampling: SamplingParams
+    arrival_s: float = 0.0
+    priority: int = 0
+    tenant: str = ""
+    cache_salt: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockCopy:
+    """Copy one block's bytes (copy-on-write) before this step's writes, in every layer of `group`."""
+
+    group: int
+    src: BlockId
+    dst: BlockId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduledChunk:
+    """The tokens of one request to run in one step: positions [start, start + len(token_ids)).
+
+    `block_tables[g][i]` is the block of group g that holds positions [i*B, (i+1)*B). Entries that
+    left a group's window hold the null id -1 and are never read.
+    `samples` says whether the last position's logits are needed (prefill finished, or decode).
+    """
+
+    request_id: RequestId
+    token_ids: TokenArray
+    start: int
+    block_tables: tuple[BlockTable, ...]
+    samples: bool
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admission:
+    """A request left the queue: what prefix it hit and why the rest missed (in tokens)."""
+
+    request_id: RequestId
+    num_cached_tokens: int
+    misses: Mapping[MissCause, int]
+    is_resumed: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerOutput:
+    """Everything the runner needs for one step. Decisions are data: log, metrics and simulator
+    read the same record."""
+
+    step: int
+    chunks: tuple[ScheduledChunk, ...]
+    copies: tuple[BlockCopy, ...] = ()
+    admitted: tuple[Admission, ...] = ()
+    preempted: tuple[RequestId, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(chunk.token_ids) for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """One sampled token. `top` maps token id -> log-probability when log-probabilities were asked."""
+
+    request_id: RequestId
+    token_id: int
+    logprob: float | None = None
+    top: Mapping[int, float] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerOutput:
+    """What one step produced: one entry for each chunk with `samples`."""
+
+    sampled: tuple[Sampled, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestMetrics:
+    """Times in seconds. TPOT is the mean gap after the first token; None with one token."""
+
+    arrival_s: float
+    first_scheduled_s: float | None = None
+    first_token_s: float | None = None
+    finished_s: float | None = None
+    token_times_s: Sequence[float] = ()
+
+    @property
+    def ttft_s(self) -> float | None:
+        return None if self.first_token_s is None else self.first_token_s - self.arrival_s
+
+    @property
+    def tpot_s(self) -> float | None:
+        if len(self.token_times_s) < 2:
+            return None
+        return (self.token_times_s[-1] - self.token_times_s[0]) / (len(self.token_times_s) - 1)
+
+    @property
+    def itl_s(self) -> list[float]:
+        return [b - a for a, b in itertools.pairwise(self.token_times_s)]
+
+    @property
+    def e2e_s(self) -> float | None:
+        return None if self.finished_s is None else self.finished_s - self.arrival_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOutput:
+    """A request's state as the user sees it; streaming yields these with `new_token_ids` filled."""
+
+    request_id: RequestId
+    prompt_token_ids: Sequence[int]
+    token_ids: Sequence[int]
+    text: str
+    num_cached_tokens: int
+    finish_reason: FinishReason | None
+    metrics: RequestMetrics
+    new_token_ids: Sequence[int] = ()
+    new_text: str = ""
+    logprobs: Sequence[float] | None = None
+    top_logprobs: Sequence[Mapping[int, float]] | None = None
+    misses: Mapping[MissCause, int] = field(default_factory=dict)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.finish_reason is not None
