@@ -8,5 +8,20 @@ Notation: n tokens in the sequence, B tokens per block, W window, h KV heads, d 
 from __future__ import annotations
 
 from kvtune.spec.layout import CODEC_STORAGE, CodecStorage, KVGroup, LayerKind, PackedLayout, codec_storage
+from kvtune.spec.model import LayerSpec, ModelSpec
+from kvtune.spec.sizing import blocks_per_sequence, first_block_bytes, group_block_bytes, split_budget
 
-__all__ = ["CODEC_STORAGE", "CodecStorage", "KVGroup", "LayerKind", "PackedLayout", "codec_storage"]
+__all__ = [
+    "CODEC_STORAGE",
+    "CodecStorage",
+    "KVGroup",
+    "LayerKind",
+    "LayerSpec",
+    "ModelSpec",
+    "PackedLayout",
+    "blocks_per_sequence",
+    "codec_storage",
+    "first_block_bytes",
+    "group_block_bytes",
+    "split_budget",
+]

@@ -1,9 +1,4 @@
-"""KV layout of a model from its config dict, and the packed layout of a block.
-
-The only place where KV bytes are computed: planner, pool, kernels, tiers and simulator call it.
-
-Notation: n tokens in the sequence, B tokens per block, W window, h KV heads, d head dim.
-"""
+"""What a layer keeps, what a codec stores, and the packed byte layout of one block of one layer."""
 
 from __future__ import annotations
 
@@ -36,14 +31,23 @@ class LayerKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class CodecStorage:
-    """Stored bits of one codec: `code_bits` per element plus `strip_values` fp16 per token per head."""
+    """Stored bits of one codec: `code_bits` per element plus `strip_values` fp16 per token per head.
+
+    `scale_group`: that many consecutive elements share one more 8-bit scale (NVFP4: 16); 0 means none.
+    """
 
     name: str
     code_bits: int
     strip_values: int
+    scale_group: int = 0
 
     def bits_per_element(self, head_dim: int) -> float:
-        return self.code_bits + 16 * self.strip_values / head_dim
+        return 8 * self.head_bytes(head_dim) / head_dim
+
+    def head_bytes(self, head_dim: int) -> int:
+        """Bytes one token of one head takes, scales included, block padding not."""
+        scales = -(-head_dim // self.scale_group) if self.scale_group else 0
+        return -(-head_dim * self.code_bits // 8) + 2 * self.strip_values + scales
 
 
 CODEC_STORAGE = {

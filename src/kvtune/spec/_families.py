@@ -1,0 +1,270 @@
+"""Model facts as rows: how each family names its fields and which kind each of its layers is.
+
+A row is checked against the Transformers config class of its `model_type` (tests/spec). A family that is
+not listed is refused by name: the same field names mean different things in different models, and a guess
+would be wrong by a factor, silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Final
+
+from kvtune.errors import UnsupportedModelError
+from kvtune.spec._fields import MAX_LAYERS, Fields, show
+from kvtune.spec.layout import LayerKind
+
+__all__ = ["FAMILIES", "TEXT_CONFIG_FIELDS", "Family", "layer_kinds"]
+
+TEXT_CONFIG_FIELDS: Final = ("text_config", "llm_config", "language_config", "thinker_config")
+"""Where a multimodal config keeps the decoder that owns the KV cache."""
+
+_ATTENTION, _RECURRENT = "attention", "recurrent"
+_Role = LayerKind | str
+_LAYER_WORDS: Final[Mapping[str, _Role]] = MappingProxyType({
+    "full_attention": _ATTENTION,
+    "attention": _ATTENTION,
+    "*": _ATTENTION,
+    "sliding_attention": LayerKind.SLIDING,
+    "chunked_attention": LayerKind.CHUNKED,
+    "indexed_attention": LayerKind.MLA,
+    "deepseek_sparse_attention": LayerKind.MLA,
+    "linear_attention": _RECURRENT,
+    "mamba": _RECURRENT,
+    "M": _RECURRENT,
+    "moe": LayerKind.NONE,
+    "E": LayerKind.NONE,
+    "mlp": LayerKind.NONE,
+    "-": LayerKind.NONE,
+})  # fmt: skip
+"""Transformers' `layer_types` words, their older names, and Nemotron-H's letters. `attention` and
+`recurrent` stand for the family's own kind."""
+
+Roles = tuple[_Role, ...]
+PatternRule = Callable[[Fields, int], Roles]
+"""(config, number of layers) -> one role per layer; used where the config lists no layer types."""
+
+
+def _all_full(_config: Fields, count: int) -> Roles:
+    return (_ATTENTION,) * count
+
+
+def _uniform_window(config: Fields, count: int) -> Roles:
+    """Mistral: one window for all layers, or none."""
+    return ((_ATTENTION if config.get("sliding_window") is None else LayerKind.SLIDING),) * count
+
+
+def _upper_window(config: Fields, count: int) -> Roles:
+    """Qwen2/3: layers from max_window_layers on slide, if use_sliding_window says so."""
+    if not config.flag("use_sliding_window") or config.get("sliding_window") is None:
+        return (_ATTENTION,) * count
+    first = config.number("max_window_layers", MAX_LAYERS, low=0)
+    return tuple(LayerKind.SLIDING if i >= first else _ATTENTION for i in range(count))
+
+
+def _every(period_field: str, other: _Role) -> PatternRule:
+    """Every P-th layer is full attention, the others are `other`."""
+
+    def rule(config: Fields, count: int) -> Roles:
+        period = config.number(period_field, MAX_LAYERS)
+        return tuple(other if (i + 1) % period else _ATTENTION for i in range(count))
+
+    return rule
+
+
+def _no_rope(config: Fields, count: int) -> Roles:
+    """Llama-4: layers with RoPE are chunked, layers without see everything."""
+    listed = config.sequence("no_rope_layers")
+    if not listed:
+        return _every("no_rope_layer_interval", LayerKind.CHUNKED)(config, count)
+    if len(listed) != count:
+        raise UnsupportedModelError(
+            f"config field 'no_rope_layers': expected {count} entries, found {len(listed)}"
+        )
+    return tuple(LayerKind.CHUNKED if entry else _ATTENTION for entry in listed)
+
+
+def _letters(config: Fields, count: int) -> Roles:
+    """Nemotron-H: one letter per layer (* attention, M Mamba-2, E experts, - MLP)."""
+    pattern = config.text("hybrid_override_pattern")
+    if pattern is None:
+        raise UnsupportedModelError(
+            "config has neither 'layers_block_type' nor 'hybrid_override_pattern': layer kinds are unknown"
+        )
+    if len(pattern) != count:
+        raise UnsupportedModelError(
+            f"config field 'hybrid_override_pattern': expected {count} letters, found {len(pattern)}"
+        )
+    return tuple(_role(letter, i, "hybrid_override_pattern") for i, letter in enumerate(pattern))
+
+
+def _offset_period(config: Fields, count: int) -> Roles:
+    """Jamba: attention where i mod attn_layer_period = attn_layer_offset."""
+    period = config.number("attn_layer_period", MAX_LAYERS)
+    offset = config.number("attn_layer_offset", MAX_LAYERS, low=0)
+    return tuple(_ATTENTION if i % period == offset else _RECURRENT for i in range(count))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """One row. `defaults` are values that published config files of the family leave out.
+
+    `full_overrides`: geometry field -> field that replaces it in full-attention layers.
+    `gated_overrides`: those of them that count only where the named flag is set.
+    """
+
+    pattern: PatternRule = _all_full
+    attention: LayerKind = LayerKind.FULL
+    recurrent: LayerKind | None = None
+    layer_types_field: str = "layer_types"
+    aliases: Mapping[str, str] = field(default_factory=dict[str, str])
+    defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    full_overrides: Mapping[str, str] = field(default_factory=dict[str, str])
+    gated_overrides: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+def _role(word: object, index: int, source: str) -> _Role:
+    role = _LAYER_WORDS.get(word) if isinstance(word, str) else None
+    if role is None:
+        raise UnsupportedModelError(
+            f"config field {source!r}: layer {index} has kind {show(word)}, which kvtune cannot size; "
+            f"known: {', '.join(_LAYER_WORDS)}"
+        )
+    return role
+
+
+def _resolve(role: _Role, family: Family, index: int, model_type: str) -> LayerKind:
+    if role == _ATTENTION:
+        return family.attention
+    if role == _RECURRENT:
+        if family.recurrent is None:
+            raise UnsupportedModelError(
+                f"layer {index} of {model_type!r} is recurrent, and no state of that family is known to kvtune"
+            )
+        return family.recurrent
+    if role is LayerKind.MLA and family.attention is not LayerKind.MLA:
+        raise UnsupportedModelError(
+            f"layer {index} of {model_type!r} has an attention index, which kvtune knows for MLA models only"
+        )
+    return LayerKind(role)
+
+
+def layer_kinds(config: Fields, family: Family, model_type: str) -> tuple[LayerKind, ...]:
+    """The kind of each layer, from the config's list where it has one, else from the family's rule."""
+    listed = config.sequence(family.layer_types_field)
+    counted = config.optional("num_hidden_layers", MAX_LAYERS)
+    if listed is None:
+        pattern = config.text("hybrid_override_pattern")
+        count = counted if counted is not None else len(pattern or "")
+        roles = family.pattern(
+            config, min(count, MAX_LAYERS) or config.number("num_hidden_layers", MAX_LAYERS)
+        )
+    else:
+        roles = tuple(_role(word, i, family.layer_types_field) for i, word in enumerate(listed))
+        if not roles or (counted is not None and counted != len(roles)):
+            raise UnsupportedModelError(
+                f"config field {family.layer_types_field!r} lists {len(roles)} layers, "
+                f"'num_hidden_layers' says {show(counted)}"
+            )
+    return tuple(_resolve(role, family, i, model_type) for i, role in enumerate(roles))
+
+
+_PLAIN = Family()
+_WINDOWED = Family(pattern=_uniform_window)
+_QWEN = Family(pattern=_upper_window, defaults={"max_window_layers": 28})
+_QWEN3 = Family(pattern=_upper_window, defaults={"max_window_layers": 28, "head_dim": 128})
+_QWEN3_DENSE_HEADS = Family(defaults={"head_dim": 128})
+_GDN_DEFAULTS: Final = {
+    "full_attention_interval": 4, "head_dim": 256, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
+}  # fmt: skip
+_GATED_DELTA = Family(
+    pattern=_every("full_attention_interval", _RECURRENT),
+    recurrent=LayerKind.LINEAR,
+    defaults=_GDN_DEFAULTS,
+)
+_MLA = Family(attention=LayerKind.MLA)
+_GEMMA3 = Family(
+    pattern=_every("sliding_window_pattern", LayerKind.SLIDING),
+    aliases={"sliding_window_pattern": "_sliding_window_pattern"},
+    # the 4B and 12B files leave these out
+    defaults={
+        "sliding_window_pattern": 6, "num_hidden_layers": 26, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096,
+    },
+)  # fmt: skip
+_GEMMA3N = Family(
+    pattern=_every("sliding_window_pattern", LayerKind.SLIDING),
+    defaults={
+        "sliding_window_pattern": 5, "num_hidden_layers": 35, "num_attention_heads": 8,
+        "num_key_value_heads": 2, "head_dim": 256, "sliding_window": 512, "num_kv_shared_layers": 15,
+    },
+)  # fmt: skip
+_GEMMA4 = Family(
+    pattern=_every("sliding_window_pattern", LayerKind.SLIDING),
+    defaults={
+        "sliding_window_pattern": 6, "num_hidden_layers": 30, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 512, "global_head_dim": 512,
+    },
+    full_overrides={"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"},
+    gated_overrides={"num_key_value_heads": "attention_k_eq_v"},
+)  # fmt: skip
+_LLAMA4 = Family(
+    pattern=_no_rope,
+    defaults={"no_rope_layer_interval": 4, "head_dim": 128, "attention_chunk_size": 8192},
+)
+_GPT2_NAMES: Final = {
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "hidden_size": "n_embd",
+}
+_SLIDES_3_OF_4 = Family(
+    pattern=_every("sliding_window_pattern", LayerKind.SLIDING),
+    defaults={"sliding_window_pattern": 4, "sliding_window": 4096},
+)
+
+FAMILIES: Final[Mapping[str, Family]] = MappingProxyType({
+    "llama": _PLAIN, "gemma": Family(defaults={"head_dim": 256}), "olmo": _PLAIN, "olmo2": _PLAIN,
+    "granite": _PLAIN, "granitemoe": _PLAIN, "glm": Family(defaults={"head_dim": 128}),
+    "glm4": Family(defaults={"head_dim": 128}), "phi": _PLAIN, "stablelm": _PLAIN, "arcee": _PLAIN,
+    "apertus": _PLAIN, "gpt_neox": _PLAIN, "seed_oss": Family(defaults={"head_dim": 128}),
+    "mistral": _WINDOWED, "mixtral": _WINDOWED, "phi3": _WINDOWED, "starcoder2": _WINDOWED,
+    "ministral": _WINDOWED, "ministral3": _WINDOWED,
+    "qwen2": _QWEN, "qwen2_moe": _QWEN, "smollm3": _QWEN, "qwen3": _QWEN3,
+    "qwen3_moe": _PLAIN,
+    "qwen3_vl_text": _QWEN3_DENSE_HEADS,
+    "gpt2": Family(aliases=_GPT2_NAMES), "gptj": Family(aliases=_GPT2_NAMES),
+    "gpt_bigcode": Family(aliases=_GPT2_NAMES, defaults={"multi_query": True}),
+    "falcon": Family(
+        aliases={"num_key_value_heads": "num_kv_heads"}, defaults={"multi_query": True}
+    ),
+    "gemma2": Family(
+        pattern=_every("sliding_window_pattern", LayerKind.SLIDING),
+        defaults={"sliding_window_pattern": 2, "head_dim": 256, "sliding_window": 4096},
+    ),
+    "gemma3": _GEMMA3, "gemma3_text": _GEMMA3, "gemma3n": _GEMMA3N, "gemma3n_text": _GEMMA3N,
+    "gemma4": _GEMMA4, "gemma4_text": _GEMMA4,
+    "cohere2": _SLIDES_3_OF_4, "olmo3": _SLIDES_3_OF_4, "exaone4": _SLIDES_3_OF_4,
+    "gpt_oss": Family(
+        pattern=_every("sliding_window_pattern", LayerKind.SLIDING),
+        defaults={"sliding_window_pattern": 2, "head_dim": 64, "sliding_window": 128},
+    ),
+    "llama4": _LLAMA4, "llama4_text": _LLAMA4,
+    "deepseek_v2": _MLA, "deepseek_v3": _MLA, "deepseek_v32": _MLA, "kimi_k2": _MLA, "glm4_moe_lite": _MLA,
+    "qwen3_next": _GATED_DELTA,
+    "qwen3_5": _GATED_DELTA, "qwen3_5_text": _GATED_DELTA,
+    "qwen3_5_moe": _GATED_DELTA, "qwen3_5_moe_text": _GATED_DELTA,
+    "jamba": Family(
+        pattern=_offset_period, recurrent=LayerKind.MAMBA1,
+        defaults={
+            "attn_layer_period": 8, "attn_layer_offset": 4, "mamba_expand": 2, "mamba_d_state": 16,
+            "mamba_d_conv": 4,
+        },
+    ),
+    "nemotron_h": Family(
+        pattern=_letters, recurrent=LayerKind.MAMBA2, layer_types_field="layers_block_type",
+        aliases={"head_dim": "attention_head_dim", "n_groups": "mamba_n_groups", "conv_kernel": "mamba_d_conv"},
+    ),
+})  # fmt: skip
