@@ -1,0 +1,22 @@
+"""Kernels over packed KV blocks: encode and store, attention, gather, copy; one dispatch with a reason."""
+
+from kvtune.kernels.batch import AttentionBatch, LayerCache
+from kvtune.kernels.dispatch import (
+    Backend,
+    choose_backend,
+    copy_blocks,
+    gather_kv,
+    paged_attention,
+    store_kv,
+)
+
+__all__ = [
+    "AttentionBatch",
+    "Backend",
+    "LayerCache",
+    "choose_backend",
+    "copy_blocks",
+    "gather_kv",
+    "paged_attention",
+    "store_kv",
+]

@@ -1,0 +1,132 @@
+"""One door to every kernel: choose a backend, say why, and call it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kvtune.errors import UsageError
+from kvtune.kernels import reference, torch_path
+from kvtune.kernels.batch import AttentionBatch, LayerCache
+from kvtune.kernels.packing import store_codes
+from kvtune.kernels.quantise import encode_values
+from kvtune.kernels.reference import Masking
+
+__all__ = ["BACKENDS", "Backend", "choose_backend", "copy_blocks", "gather_kv", "paged_attention", "store_kv"]
+
+BACKENDS = ("native", "torch", "reference")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Which kernels run, and why. `reason` is one printable line."""
+
+    name: str
+    reason: str
+    isa: str | None = None
+
+
+def choose_backend(name: str = "auto") -> Backend:
+    """`auto` takes native where its library loads, else torch; a name is taken as given."""
+    if name in ("torch", "reference"):
+        return Backend(name, f"{name}: asked for")
+    if name == "auto":
+        return Backend("torch", "torch: native kernels are not built")
+    raise UsageError(f"unknown kernel backend {name!r}; known: auto, {', '.join(BACKENDS)}")
+
+
+def paged_attention(
+    q: torch.Tensor,
+    cache: LayerCache,
+    batch: AttentionBatch,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    backend: Backend,
+) -> torch.Tensor:
+    """Attention of packed query rows over the paged cache, this step's keys included (already written).
+
+    q [N, H, Dk]; returns [N, H, Dv] in q.dtype, 0 in padding rows. Query row i of sequence s sits at
+    position context_len[s] - rows(s) + i and sees keys at positions <= its own and > own - window.
+    `softcap`: scores become softcap * tanh(score / softcap) (Gemma 2). `sinks` [H]: one more logit per
+    head without a value (GPT-OSS). UsageError if the head counts or dims do not fit the cache.
+    """
+    _check_query(q, cache, batch)
+    masking = Masking(scale, window, softcap, sinks)
+    if backend.name == "reference":
+        return reference.paged_attention(q, cache, batch, masking)
+    return torch_path.paged_attention(q, cache, batch, masking)
+
+
+def store_kv(
+    cache: LayerCache, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, *, backend: Backend
+) -> None:
+    """Encode k [N, h, Dk] and v [N, h, Dv] with the layout's codecs into `slots` [N]; -1 writes nothing.
+
+    Slots must be distinct. All backends write the same bytes.
+    """
+    _check_slots(cache, k, v, slots)
+    block_size = cache.layout.block_size
+    block, offset = slots.div(block_size, rounding_mode="floor"), slots % block_size
+    for arena, layout, base in cache.parts():
+        rows = ((slots >= 0) & (block >= base) & (block < base + arena.shape[0])).nonzero().squeeze(1)
+        if rows.numel():
+            encoded_k = encode_values(layout.k_codec, k[rows])
+            encoded_v = encode_values(layout.v_codec, v[rows])
+            store_codes(
+                arena, layout, k=encoded_k, v=encoded_v, block=block[rows] - base, offset=offset[rows]
+            )
+
+
+def gather_kv(
+    cache: LayerCache, block_ids: torch.Tensor, num_tokens: int, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decode the first `num_tokens` tokens of blocks int [m] -> (k [n, h, Dk], v [n, h, Dv])."""
+    if num_tokens > block_ids.numel() * cache.layout.block_size:
+        raise UsageError(
+            f"asked for {num_tokens} tokens, found {block_ids.numel()} blocks of {cache.layout.block_size}"
+        )
+    return reference.gather_tokens(cache, block_ids, num_tokens, dtype)
+
+
+def copy_blocks(cache: LayerCache, src: list[int] | torch.Tensor, dst: list[int] | torch.Tensor) -> None:
+    """Copy whole blocks src[i] -> dst[i] (copy-on-write). Both ends lie in the same arena."""
+    sources, targets = torch.as_tensor(src, dtype=torch.long), torch.as_tensor(dst, dtype=torch.long)
+    if sources.shape != targets.shape:
+        raise UsageError(
+            f"copy_blocks needs as many targets as sources, found {len(targets)}, {len(sources)}"
+        )
+    copied = 0
+    for arena, _, base in cache.parts():
+        stop = base + arena.shape[0]
+        rows = (sources >= base) & (sources < stop) & (targets >= base) & (targets < stop)
+        arena[targets[rows] - base] = arena[sources[rows] - base]
+        copied += int(rows.sum())
+    if copied != len(sources):
+        raise UsageError("copy_blocks: a block id is out of range, or a pair spans the body and first arenas")
+
+
+def _check_query(q: torch.Tensor, cache: LayerCache, batch: AttentionBatch) -> None:
+    layout = cache.layout
+    if q.dim() != 3 or q.shape[2] != layout.k_head_dim or q.shape[1] % layout.num_kv_heads:
+        raise UsageError(
+            f"q must be [N, multiple of {layout.num_kv_heads}, {layout.k_head_dim}], found {list(q.shape)}"
+        )
+    if batch.query_start.shape[0] != batch.num_seqs + 1 or batch.block_table.shape[0] != batch.num_seqs:
+        raise UsageError(
+            f"batch of {batch.num_seqs} sequences needs query_start [{batch.num_seqs + 1}] and a block table "
+            f"row each, found {list(batch.query_start.shape)} and {list(batch.block_table.shape)}"
+        )
+
+
+def _check_slots(cache: LayerCache, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
+    layout, n = cache.layout, slots.shape[0]
+    expected = [(n, layout.num_kv_heads, layout.k_head_dim), (n, layout.num_kv_heads, layout.v_head_dim)]
+    if [tuple(k.shape), tuple(v.shape)] != expected:
+        raise UsageError(f"k and v must be {expected}, found {tuple(k.shape)} and {tuple(v.shape)}")
+    limit = (cache.num_blocks + cache.num_first_blocks) * layout.block_size
+    if n and (int(slots.max()) >= limit or int(slots.min()) < -1):
+        raise UsageError(f"slots must lie in [-1, {limit}), found {int(slots.min())}..{int(slots.max())}")
