@@ -1,0 +1,88 @@
+"""The attention function kvtune registers with Transformers, and the step record it reads.
+
+Transformers calls it once per attention layer with packed queries, keys and values of shape
+[1, heads, N, dim] (after RoPE) and hands through any keyword given to the model's forward: the step
+travels in `kvtune_step`. Nothing is ever carried through `position_ids`, which some models drop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+
+from kvtune.codecs import write_kv
+from kvtune.errors import InvariantError, UnsupportedModelError
+from kvtune.kernels import AttentionBatch, Backend, LayerCache, paged_attention
+
+__all__ = ["ATTENTION_NAME", "AttentionLayer", "AttentionStep", "register_attention"]
+
+ATTENTION_NAME = "kvtune_paged"
+
+
+@dataclass(slots=True)
+class AttentionLayer:
+    """What one layer's attention needs in every step. `group` indexes `AttentionStep.batches`."""
+
+    index: int
+    group: int
+    cache: LayerCache
+    window: int | None
+
+
+@dataclass(slots=True)
+class AttentionStep:
+    """One packed step: a batch per KV group; `calls[i]` counts the calls of layer i."""
+
+    batches: tuple[AttentionBatch, ...]
+    layers: dict[int, AttentionLayer]
+    backend: Backend
+    calls: dict[int, int] = field(default_factory=dict[int, int])
+
+
+def register_attention() -> None:
+    """Make `attn_implementation="kvtune_paged"` known to Transformers. Idempotent.
+
+    No mask function is registered under that name, so Transformers builds no mask.
+    """
+    AttentionInterface.register(ATTENTION_NAME, _attention_forward)
+
+
+def _attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,  # noqa: ARG001 - the interface's signature
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    kvtune_step: AttentionStep | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Write this step's K and V, then attend through the block tables. Returns ([1, N, H, Dv], None)."""
+    if kvtune_step is None:
+        raise InvariantError("this model's attention belongs to a kvtune engine: run it through the engine")
+    index = int(module.layer_idx)  # type: ignore[arg-type]
+    layer = kvtune_step.layers.get(index)
+    if layer is None:
+        raise UnsupportedModelError(f"layer {index} attends, but config.json gives it no KV cache of its own")
+    kvtune_step.calls[index] = kvtune_step.calls.get(index, 0) + 1
+    if sliding_window is not None and sliding_window != layer.window:
+        raise UnsupportedModelError(
+            f"layer {index} attends with a window of {sliding_window}, its config says {layer.window}: "
+            "the model code and config.json disagree"
+        )
+    batch = kvtune_step.batches[layer.group]
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    write_kv(layer.cache, k, v, batch.slots, backend=kvtune_step.backend)
+    out = paged_attention(
+        q, layer.cache, batch,
+        scale=scaling if scaling is not None else q.shape[-1] ** -0.5,
+        window=layer.window, softcap=softcap, sinks=s_aux, backend=kvtune_step.backend,
+    )  # fmt: skip
+    return out.unsqueeze(0), None

@@ -1,0 +1,37 @@
+"""What makes two caches interchangeable: the fingerprint under which blocks are hashed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from kvtune.config import CacheConfig
+from kvtune.engine.arenas import FIRST_BLOCK_CODEC
+from kvtune.engine.load import LoadedModel
+from kvtune.recipe import codec_constants_sha256
+
+__all__ = ["READ_CONTRACT", "cache_fingerprint"]
+
+READ_CONTRACT = "T0"
+"""Every token is encoded when it is written, every read decodes: a hit equals a miss."""
+
+
+def cache_fingerprint(loaded: LoadedModel, cache: CacheConfig) -> bytes:
+    """SHA-256 over everything the bytes of a block depend on besides its tokens.
+
+    Weights, config, RoPE regime, compute dtype, codec constants, codecs per layer, 16-bit first block,
+    read contract. The block size is included: it decides where blocks end, so that stored blocks are
+    never compared across sizes. The kernel path is not: all backends write the same bytes.
+    """
+    facts = {
+        "weights": loaded.weights_sha256,
+        "config": loaded.config_sha256,
+        "rope_regime": loaded.rope_regime,
+        "dtype": str(loaded.dtype),
+        "codec_constants": codec_constants_sha256(),
+        "layer_codecs": [list(cache.codecs_of(layer.index)) for layer in loaded.spec.layers],
+        "first_block": FIRST_BLOCK_CODEC if cache.first_block_16bit else None,
+        "block_size": cache.block_size,
+        "read_contract": READ_CONTRACT,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()

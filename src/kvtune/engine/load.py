@@ -1,0 +1,229 @@
+"""Load a decoder from a folder, or refuse it by name: allow-list of layer kinds, RoPE kind, self-test.
+
+Failures of a model outside the list are silent (masks that only exist in the mask, state outside
+the cache, attention that never reaches the registry), so nothing is served on trust.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from kvtune.config import EngineConfig
+from kvtune.engine.attention import ATTENTION_NAME, register_attention
+from kvtune.engine.detokenizer import TokenDecoder
+from kvtune.engine.rope import fix_rope, rope_regime
+from kvtune.engine.self_test import check_packed_equals_eager
+from kvtune.errors import InputFileError, UnsupportedModelError, UsageError
+from kvtune.spec import LayerKind, ModelSpec
+
+__all__ = ["SERVED_KINDS", "LoadedModel", "load_model"]
+
+SERVED_KINDS = frozenset({LayerKind.FULL, LayerKind.SLIDING})
+"""Layer kinds the engine can hold; everything else is refused by name."""
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+_CHUNK_BYTES = 1 << 22
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A model that passed the self-test, its weights ready to be shared by several engines.
+
+    The model's attention and, under longrope, its RoPE frequencies are set for kvtune: do not run
+    `model.generate` on it. Digests are hexadecimal SHA-256.
+    """
+
+    model: PreTrainedModel
+    spec: ModelSpec
+    path: Path | None
+    tokenizer: TokenDecoder | None
+    dtype: torch.dtype
+    max_model_len: int
+    rope_regime: str
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+    weights_sha256: str
+    config_sha256: str
+    tokenizer_sha256: str | None
+
+
+def load_model(source: str | Path | PreTrainedModel, config: EngineConfig | None = None) -> LoadedModel:
+    """Load, check and self-test a model folder (safetensors, local files, no remote code) or a model object.
+
+    A model object is changed in place (attention function, RoPE regime). Raises InputFileError for a
+    folder that is not a model, UnsupportedModelError naming layer and kind for a model kvtune cannot
+    serve, UsageError for a `max_model_len` beyond the model's.
+    """
+    config = config or EngineConfig()
+    path = None if isinstance(source, PreTrainedModel) else Path(source)
+    raw = cast(PreTrainedModel, source).config.to_dict() if path is None else _read_config(path)
+    spec = ModelSpec.from_config(raw)
+    _check_kinds(spec, raw)
+    register_attention()
+    model = cast(PreTrainedModel, source) if path is None else _read_weights(path, config.dtype)
+    model.eval()
+    model.requires_grad_(False)
+    text_config: Any = model.config.get_text_config()
+    max_model_len = _model_len(text_config, config.max_model_len)
+    regime = rope_regime(text_config, max_model_len)
+    fix_rope(model, regime)
+    _use_attention(model)
+    check_packed_equals_eager(model, spec)
+    return LoadedModel(
+        model=model,
+        spec=spec,
+        path=path,
+        tokenizer=None if path is None else _read_tokenizer(path),
+        dtype=model.dtype,
+        max_model_len=max_model_len,
+        rope_regime=regime,
+        vocab_size=int(text_config.vocab_size),
+        eos_token_ids=_eos_token_ids(model),
+        weights_sha256=_tensors_sha256(model) if path is None else _files_sha256(_weight_files(path)),
+        config_sha256=_config_sha256(raw),
+        tokenizer_sha256=None if path is None else _tokenizer_sha256(path),
+    )
+
+
+def _read_config(path: Path) -> Mapping[str, Any]:
+    file = path / "config.json"
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputFileError(f"{path} is no model folder: config.json not found") from None
+    except (OSError, ValueError) as error:
+        raise InputFileError(f"cannot read {file}: {error}") from error
+    if not isinstance(raw, dict):
+        raise InputFileError(f"{file} must hold one JSON object, found {type(raw).__name__}")
+    return cast("dict[str, Any]", raw)
+
+
+def _check_kinds(spec: ModelSpec, raw: Mapping[str, Any]) -> None:
+    for layer in spec.layers:
+        if layer.kind not in SERVED_KINDS:
+            raise UnsupportedModelError(
+                f"{raw.get('model_type')}: layer {layer.index} is {layer.kind}, the engine serves "
+                f"{' and '.join(sorted(SERVED_KINDS))} layers; use `kvtune plan` to size this model"
+            )
+
+
+def _weight_files(path: Path) -> list[Path]:
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise InputFileError(f"{path} holds no *.safetensors file; convert the weights to safetensors")
+    return files
+
+
+def _read_weights(path: Path, dtype: str) -> PreTrainedModel:
+    _weight_files(path)
+    try:
+        with _quiet_transformers():
+            return AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype="auto" if dtype == "auto" else _DTYPES[dtype],
+                attn_implementation="eager",
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+            )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UnsupportedModelError(f"Transformers cannot load {path}: {reason}") from error
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without Transformers' progress bars: ours says what happens."""
+    had_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if had_bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _use_attention(model: PreTrainedModel) -> None:
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        model.set_attn_implementation(ATTENTION_NAME)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    if model.config.get_text_config()._attn_implementation != ATTENTION_NAME:
+        raise UnsupportedModelError(
+            f"{model.config.model_type}: its attention layers (layer 0, full_attention) do not go through "
+            "Transformers' attention registry; this family is not supported"
+        )
+
+
+def _model_len(config: Any, asked: int | None) -> int:
+    limit = int(getattr(config, "max_position_embeddings", 0) or 0)
+    if asked is not None and limit and asked > limit:
+        raise UsageError(f"max_model_len {asked} is beyond the model's {limit} positions; ask for less")
+    if asked is None and not limit:
+        raise UsageError("the config states no max_position_embeddings; set max_model_len")
+    return asked or limit
+
+
+def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
+    """From generation_config.json, else config.json; an id or a list of ids."""
+    for source in (model.generation_config, model.config):
+        ids: Any = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            return frozenset(int(i) for i in (ids if isinstance(ids, (list, tuple)) else (ids,)))
+    return frozenset()
+
+
+def _read_tokenizer(path: Path) -> TokenDecoder | None:
+    if not any((path / name).exists() for name in _TOKENIZER_FILES):
+        return None
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputFileError(f"cannot read the tokenizer in {path}: {reason}") from error
+    return cast(TokenDecoder, tokenizer)
+
+
+def _files_sha256(files: list[Path]) -> str:
+    """SHA-256 over (name, content digest) of each file, streamed."""
+    total = hashlib.sha256()
+    for file in files:
+        with file.open("rb", buffering=0) as stream:
+            content = hashlib.file_digest(stream, "sha256")
+        total.update(file.name.encode() + b"\0" + content.digest())
+    return total.hexdigest()
+
+
+def _tensors_sha256(model: PreTrainedModel) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of a model that came without files."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        total.update(f"{name}\0{tensor.dtype}{tuple(tensor.shape)}\0".encode())
+        for part in flat.split(_CHUNK_BYTES):
+            total.update(part.numpy().tobytes())
+    return total.hexdigest()
+
+
+def _config_sha256(raw: Mapping[str, Any]) -> str:
+    """SHA-256 of the config without what does not change the model's meaning."""
+    kept = {k: v for k, v in raw.items() if not k.startswith("_") and k not in ("transformers_version",)}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _tokenizer_sha256(path: Path) -> str | None:
+    files = [path / name for name in _TOKENIZER_FILES if (path / name).exists()]
+    return _files_sha256(sorted(files)) if files else None

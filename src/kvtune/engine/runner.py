@@ -1,0 +1,183 @@
+"""Runs packed steps of a Transformers decoder over paged KV arenas.
+
+Performs the effects a `SchedulerOutput` describes (block copies, KV writes, the forward pass) and
+knows nothing of requests, queues or sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import PreTrainedModel
+
+from kvtune.engine.attention import AttentionLayer, AttentionStep
+from kvtune.errors import InvariantError, UnsupportedModelError
+from kvtune.kernels import AttentionBatch, Backend, LayerCache, copy_blocks
+from kvtune.spec import KVGroup
+from kvtune.types import BlockCopy, ScheduledChunk
+
+__all__ = ["ModelRunner", "PackedStep", "last_rows", "pack_step"]
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedStep:
+    """The integers of one step: what the model and, per KV group, the attention kernels read.
+
+    `input_ids`, `positions` [N]; `query_start` [S + 1]; `context_len` [S]; per group `block_tables`
+    [S, M] (-1 pads) and `slots` [N] = block id * block_size + offset, -1 for a padding row.
+    """
+
+    input_ids: IntArray
+    positions: IntArray
+    query_start: npt.NDArray[np.int32]
+    context_len: npt.NDArray[np.int32]
+    block_tables: tuple[npt.NDArray[np.int32], ...]
+    slots: tuple[IntArray, ...]
+
+
+def pack_step(
+    chunks: Sequence[ScheduledChunk], *, num_groups: int, block_size: int, pad_rows: int = 0
+) -> PackedStep:
+    """Lay the chunks of one step side by side, in order; pad to a multiple of `pad_rows` if it is set."""
+    lengths = np.array([len(chunk.token_ids) for chunk in chunks], dtype=np.int64)
+    starts = np.array([chunk.start for chunk in chunks], dtype=np.int64)
+    query_start = np.zeros(len(chunks) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=query_start[1:])
+    num_tokens = int(query_start[-1])
+    num_rows = -(-num_tokens // pad_rows) * pad_rows if pad_rows else num_tokens
+
+    input_ids = np.zeros(num_rows, dtype=np.int64)
+    positions = np.zeros(num_rows, dtype=np.int64)
+    np.concatenate([chunk.token_ids for chunk in chunks], out=input_ids[:num_tokens])
+    sequence = np.repeat(np.arange(len(chunks)), lengths)
+    positions[:num_tokens] = np.arange(num_tokens) + (starts - query_start[:-1])[sequence]
+
+    context_len = starts + lengths
+    block_index, offset = np.divmod(positions[:num_tokens], block_size)
+    width = int(-(-context_len.max() // block_size))
+    tables: list[npt.NDArray[np.int32]] = []
+    slots: list[IntArray] = []
+    for group in range(num_groups):
+        table = np.full((len(chunks), width), -1, dtype=np.int32)
+        for row, chunk in enumerate(chunks):
+            own = chunk.block_tables[group][:width]
+            table[row, : len(own)] = own
+        blocks = table[sequence, block_index].astype(np.int64)
+        if blocks.size and blocks.min() < 0:
+            raise InvariantError(f"a scheduled token has no block in KV group {group}")
+        slot = np.full(num_rows, -1, dtype=np.int64)
+        slot[:num_tokens] = blocks * block_size + offset
+        tables.append(table)
+        slots.append(slot)
+    return PackedStep(
+        input_ids, positions, query_start.astype(np.int32), context_len.astype(np.int32),
+        tuple(tables), tuple(slots),
+    )  # fmt: skip
+
+
+def last_rows(chunks: Sequence[ScheduledChunk]) -> IntArray:
+    """Row of the last token of each chunk that samples, in chunk order."""
+    ends = np.cumsum([len(chunk.token_ids) for chunk in chunks]) - 1
+    return np.array([end for end, chunk in zip(ends, chunks, strict=True) if chunk.samples], dtype=np.int64)
+
+
+class ModelRunner:
+    """One model over its layers' KV arenas.
+
+    `caches` maps a model layer index to its arena; layers of one group share block ids. `pad_rows`
+    pads the rows of the forward and of the output head, so that the shapes of matrix products, and
+    with them their bits, do not depend on how many tokens a step holds.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        groups: Sequence[KVGroup],
+        caches: Mapping[int, LayerCache],
+        *,
+        block_size: int,
+        backend: Backend,
+        pad_rows: int = 0,
+    ) -> None:
+        self._model: Any = model
+        self._groups = tuple(groups)
+        self._caches = dict(caches)
+        self._block_size = block_size
+        self._backend = backend
+        self._pad_rows = pad_rows
+        self._layers = {
+            layer: AttentionLayer(layer, group.index, caches[layer], group.window)
+            for group in groups
+            for layer in group.layers
+        }
+
+    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        """Copy whole blocks, in every layer of each copy's group."""
+        for group in self._groups:
+            pairs = [(copy.src, copy.dst) for copy in copies if copy.group == group.index]
+            if not pairs:
+                continue
+            src, dst = (torch.tensor(ids, dtype=torch.int64) for ids in zip(*pairs, strict=True))
+            for layer in group.layers:
+                copy_blocks(self._caches[layer], src, dst)
+
+    def forward(self, chunks: Sequence[ScheduledChunk], rows: IntArray) -> torch.Tensor:
+        """Run one step; return the model's logits [len(rows), V] of the given rows of the packed step.
+
+        The output head runs on those rows only, through the model's own forward, so that soft-caps
+        and logit scales of a family stay the model's.
+        """
+        packed = pack_step(
+            chunks, num_groups=len(self._groups), block_size=self._block_size, pad_rows=self._pad_rows
+        )
+        step = AttentionStep(self._batches(packed), self._layers, self._backend)
+        keep = rows
+        if self._pad_rows and len(rows):
+            keep = np.resize(rows, -(-len(rows) // self._pad_rows) * self._pad_rows)
+        with torch.inference_mode():
+            logits = self._run_model(packed, step, keep)
+        self._check_calls(step)
+        return logits[: len(rows)]
+
+    def _run_model(self, packed: PackedStep, step: AttentionStep, keep: IntArray) -> torch.Tensor:
+        arguments: dict[str, Any] = {
+            "input_ids": torch.from_numpy(packed.input_ids)[None],
+            "position_ids": torch.from_numpy(packed.positions)[None],
+            "attention_mask": None,
+            "use_cache": False,
+            "kvtune_step": step,
+        }
+        if not len(keep):  # a step of inner prefill chunks: nobody needs logits
+            self._model.base_model(**arguments)
+            return torch.empty(0, 0)
+        return self._model(**arguments, logits_to_keep=torch.from_numpy(keep)).logits[0]
+
+    def _batches(self, packed: PackedStep) -> tuple[AttentionBatch, ...]:
+        query_start = torch.from_numpy(packed.query_start)
+        context_len = torch.from_numpy(packed.context_len)
+        return tuple(
+            AttentionBatch(
+                query_start=query_start,
+                context_len=context_len,
+                block_table=torch.from_numpy(table),
+                slots=torch.from_numpy(slots),
+            )
+            for table, slots in zip(packed.block_tables, packed.slots, strict=True)
+        )
+
+    def _check_calls(self, step: AttentionStep) -> None:
+        for group in self._groups:
+            for layer in group.layers:
+                calls = step.calls.get(layer, 0)
+                if calls != 1:
+                    raise UnsupportedModelError(
+                        f"{self._model.config.model_type}: layer {layer} ({group.kind}) called kvtune's "
+                        f"attention {calls} times in a step instead of once; this family is not supported"
+                    )
