@@ -1,0 +1,27 @@
+"""The formats kvtune reads. A new one costs a file here, a line in the dict, a test, a line in the docs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
+from kvtune.workload.formats import canonical, hashed, lengths, openai_chat, sharegpt
+from kvtune.workload.formats.record import Format
+
+__all__ = ["FORMATS", "Format"]
+
+FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
+    {
+        # Tried in this order: the more specific first.
+        "kvtune": canonical.FORMAT,
+        "sharegpt": sharegpt.FORMAT,
+        "openai_batch": openai_chat.BATCH,
+        "openai_chat": openai_chat.CHAT,
+        "bailian": hashed.BAILIAN,
+        "mooncake": hashed.MOONCAKE,
+        "azure": lengths.AZURE,
+        "burstgpt": lengths.BURSTGPT,
+        "prompts": openai_chat.PROMPTS,
+    }
+)

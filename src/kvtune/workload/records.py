@@ -1,0 +1,172 @@
+"""Cutting a file into records: JSON lines, the elements of one JSON list, or CSV lines."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from typing import Any, Final, cast
+
+from kvtune.errors import InputFileError
+from kvtune.workload.row import Row, decode_json
+from kvtune.workload.source import Source
+
+__all__ = ["json_rows", "read_rows"]
+
+_READ_AHEAD: Final = 1 << 16
+
+
+def read_rows(source: Source) -> tuple[bool, Iterator[Row]]:
+    """(is it CSV, the records). JSON starts with `{` or `[`; anything else must be CSV with a header."""
+    first = source.first_character()
+    if not first:
+        raise InputFileError(f"{source.path}: holds only blank lines; a workload needs at least one request")
+    if first in "{[":
+        return False, json_rows(source) if first == "{" else _list_rows(source)
+    return True, _csv_rows(source)
+
+
+def json_rows(source: Source) -> Iterator[Row]:
+    """One object per line."""
+    for number, text in source.lines():
+        yield _as_row(source, number, decode_json(source.path, number, text))
+
+
+def _as_row(source: Source, line: int, value: Any) -> Row:
+    if not isinstance(value, dict):
+        raise InputFileError(
+            f"{source.path}, line {line}: expected a JSON object, found {ascii(value)[:60]}; "
+            "write one request object per line"
+        )
+    return Row(source.path, line, cast("dict[str, Any]", value))
+
+
+def _list_rows(source: Source) -> Iterator[Row]:
+    """The objects of one JSON list, decoded one at a time so that memory holds one element."""
+    text = _Window(source)
+    text.skip_blank()
+    text.take("[")
+    text.skip_blank()
+    if text.peek() == "]":
+        raise InputFileError(f"{source.path}: the list is empty; a workload needs at least one request")
+    while True:
+        line = text.line
+        yield _as_row(source, line, text.take_value())
+        text.skip_blank()
+        if text.peek() != ",":
+            break
+        text.take(",")
+        text.skip_blank()
+    text.take("]")
+    text.skip_blank()
+    if text.peek():
+        text.fail(f"expected the end of the file after the list, found {text.peek()!a}")
+
+
+class _Window:
+    """A moving window over the text of a file that knows which line it is at."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._lines = source.lines()
+        self._buffer = ""
+        self._at = 0
+        self._starts: list[tuple[int, int]] = []  # (offset in buffer, line number), ascending
+        self._is_drained = False
+
+    @property
+    def line(self) -> int:
+        return self._line_at(self._at)
+
+    def fail(self, message: str, *, at: int | None = None) -> None:
+        line = self._line_at(self._at if at is None else at)
+        raise InputFileError(f"{self._source.path}, line {line}: malformed JSON: {message}")
+
+    def peek(self) -> str:
+        """The next character, "" at the end."""
+        if self._at >= len(self._buffer):
+            self._grow(_READ_AHEAD)
+        return self._buffer[self._at : self._at + 1]
+
+    def take(self, expected: str) -> None:
+        if self.peek() != expected:
+            self.fail(f"expected '{expected}', found {ascii(self.peek()) if self.peek() else 'the end'}")
+        self._at += 1
+
+    def skip_blank(self) -> None:
+        while (character := self.peek()) and character in " \t\r\n":
+            self._at += 1
+
+    def take_value(self) -> Any:
+        """The next JSON value; one cut off by the window's end is decoded again with twice the text."""
+        decoder = json.JSONDecoder(parse_constant=_refuse_constant)
+        self._drop_taken()
+        size = _READ_AHEAD
+        while True:
+            self._grow(size)
+            try:
+                value, self._at = decoder.raw_decode(self._buffer, self._at)
+            except json.JSONDecodeError as error:
+                if self._is_drained:
+                    self.fail(error.msg, at=error.pos)
+                if len(self._buffer) > self._source.max_line_bytes:
+                    self.fail(
+                        f"{error.msg}, or an element over {self._source.max_line_bytes} characters",
+                        at=error.pos,
+                    )
+            except (ValueError, RecursionError) as error:
+                self.fail(str(error).split(";")[0])
+            else:
+                # A number at the window's end could go on, but only objects are requests.
+                return value
+            size = 2 * len(self._buffer)
+
+    def _line_at(self, offset: int) -> int:
+        line = 1
+        for start, number in self._starts:
+            if start > offset:
+                break
+            line = number
+        return line
+
+    def _drop_taken(self) -> None:
+        line = self.line
+        self._buffer = self._buffer[self._at :]
+        kept = [(start - self._at, number) for start, number in self._starts if start > self._at]
+        self._starts = [(0, line), *kept]
+        self._at = 0
+
+    def _grow(self, size: int) -> None:
+        """Read whole lines until the buffer holds `size` characters past the cursor, or the file ends."""
+        pieces = [self._buffer]
+        length = len(self._buffer)
+        while length - self._at < size and not self._is_drained:
+            number, text = next(self._lines, (0, ""))
+            if not number:
+                self._is_drained = True
+                break
+            self._starts.append((length, number))
+            pieces += (text, "\n")
+            length += len(text) + 1
+        self._buffer = "".join(pieces)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _csv_rows(source: Source) -> Iterator[Row]:
+    header: list[str] | None = None
+    for number, text in source.lines():
+        try:
+            cells = next(csv.reader([text], strict=True))
+        except (csv.Error, StopIteration) as error:
+            raise InputFileError(f"{source.path}, line {number}: malformed CSV: {error}") from None
+        if header is None:
+            header = [cell.strip() for cell in cells]
+            continue
+        if len(cells) != len(header):
+            raise InputFileError(
+                f"{source.path}, line {number}: has {len(cells)} columns, the header has {len(header)}"
+            )
+        yield Row(source.path, number, dict(zip(header, (c.strip() for c in cells), strict=True)))

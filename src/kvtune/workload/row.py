@@ -1,0 +1,136 @@
+"""One record of a workload file with typed, checked access to its fields; errors name the line."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+from kvtune.errors import InputFileError
+
+__all__ = ["Row", "decode_json"]
+
+MAX_INTEGER = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A JSON object or a CSV line (column name -> text) with the place it came from.
+
+    Every getter raises InputFileError, naming file, line and field, when a value has the wrong type or
+    range. `null` counts as absent.
+    """
+
+    path: Path
+    line: int
+    fields: Mapping[str, Any]
+
+    def fail(self, message: str) -> NoReturn:
+        raise InputFileError(f"{self.path}, line {self.line}: {message}")
+
+    def integer(self, name: str, *, low: int = -MAX_INTEGER, default: int | None = None) -> int:
+        """A whole number in [low, 2**63); required unless `default` is given."""
+        value = self.optional_integer(name, low=low)
+        if value is not None:
+            return value
+        return default if default is not None else self._missing(name)
+
+    def optional_integer(self, name: str, *, low: int = -MAX_INTEGER) -> int | None:
+        value = self.fields.get(name)
+        if value is None:
+            return None
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= MAX_INTEGER:
+            bound = f" of at least {low}" if low > -MAX_INTEGER else ""
+            self.fail(f"'{name}' must be a whole number{bound}, found {_shown(value)}")
+        return value
+
+    def number(self, name: str, *, default: float | None = None) -> float:
+        """A finite number; text that spells one is accepted (some traces quote their timestamps)."""
+        value = self.fields.get(name)
+        if value is None:
+            return default if default is not None else self._missing(name)
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not math.isfinite(number):
+            self.fail(f"'{name}' must be a finite number, found {_shown(value)}")
+        return number
+
+    def text(self, name: str, *, default: str | None = None) -> str:
+        """A string; whole numbers are accepted as identifiers."""
+        value = self.fields.get(name)
+        if value is None:
+            return default if default is not None else self._missing(name)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+        if not isinstance(value, str):
+            self.fail(f"'{name}' must be text, found {_shown(value)}")
+        return value
+
+    def integers(self, name: str, *, low: int = -MAX_INTEGER) -> tuple[int, ...]:
+        """A list of whole numbers of at least `low`."""
+        for value in self.items(name):
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= MAX_INTEGER:
+                self.fail(f"'{name}' must hold whole numbers of at least {low}, found {_shown(value)}")
+        return tuple(self.items(name))
+
+    def items(self, name: str) -> Sequence[Any]:
+        """A list of anything."""
+        value = self.fields.get(name)
+        if value is None:
+            self._missing(name)
+        if not isinstance(value, list):
+            self.fail(f"'{name}' must be a list, found {_shown(value)}")
+        return cast("list[Any]", value)
+
+    def rows(self, name: str) -> list[Row]:
+        """A list of objects, each as a Row of the same line."""
+        return [self._object(f"{name}[{i}]", value) for i, value in enumerate(self.items(name))]
+
+    def row(self, name: str) -> Row:
+        """A nested object."""
+        value = self.fields.get(name)
+        return self._missing(name) if value is None else self._object(name, value)
+
+    def _object(self, name: str, value: Any) -> Row:
+        if not isinstance(value, dict):
+            self.fail(f"'{name}' must be an object, found {_shown(value)}")
+        return Row(self.path, self.line, cast("dict[str, Any]", value))
+
+    def _missing(self, name: str) -> NoReturn:
+        self.fail(f"'{name}' is missing; found {_shown(sorted(self.fields))}")
+
+
+def decode_json(path: Path, line: int, text: str) -> Any:
+    """The value of one line of JSON. NaN and Infinity are refused: they are not JSON.
+
+    Raises InputFileError with line (and column), also for nesting too deep and numbers too long.
+    """
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        raise InputFileError(
+            f"{path}, line {line + error.lineno - 1}: malformed JSON: {error.msg} (column {error.colno})"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise InputFileError(f"{path}, line {line}: malformed JSON: {_one_line(error)}") from None
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _one_line(error: Exception) -> str:
+    return str(error).splitlines()[0].split(";")[0] if str(error) else type(error).__name__
+
+
+def _shown(value: Any) -> str:
+    # ascii() keeps control characters and lone surrogates out of a terminal.
+    text = ascii(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,126 @@
+"""A file the user named, as text lines: plain or gzip, streamed, bounded, every fault with its line."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import stat
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Final
+
+from kvtune.errors import InputFileError
+
+__all__ = ["Source"]
+
+MAX_LINE_BYTES: Final = 64 * 2**20
+MAX_EXPANSION: Final = 200
+"""Decompressed bytes per stored byte. Real traces reach 5 to 30; DEFLATE can reach 1032."""
+FREE_EXPANSION_BYTES: Final = 256 * 2**20
+"""Below this size the ratio does not matter: a small file may be very regular."""
+
+_GZIP_MAGIC = b"\x1f\x8b"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One regular file. Construction checks that it can be read; iterating streams it.
+
+    Raises InputFileError for a missing or unreadable file, a directory or device, an empty or binary
+    file, damaged gzip data, an expansion beyond the bound, and a line over `max_line_bytes`.
+    """
+
+    path: Path
+    max_line_bytes: int = MAX_LINE_BYTES
+    max_expansion: int = MAX_EXPANSION
+    free_expansion_bytes: int = FREE_EXPANSION_BYTES
+    size: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        try:
+            status = self.path.stat()
+        except FileNotFoundError:
+            raise InputFileError(f"{self.path}: no such file; name an existing workload file") from None
+        except (OSError, ValueError) as error:
+            raise InputFileError(f"{self.path}: cannot be read: {_reason(error)}") from error
+        if stat.S_ISDIR(status.st_mode):
+            raise InputFileError(f"{self.path}: is a folder; name a workload file in it")
+        if not stat.S_ISREG(status.st_mode):
+            raise InputFileError(f"{self.path}: is not a regular file; save the workload to a file first")
+        if status.st_size == 0:
+            raise InputFileError(f"{self.path}: is empty; a workload needs at least one request")
+        object.__setattr__(self, "size", status.st_size)
+
+    def sha256(self) -> str:
+        """Hex digest of the bytes as stored (compressed, if compressed)."""
+        try:
+            with self.path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise InputFileError(f"{self.path}: cannot be read: {_reason(error)}") from error
+
+    def first_character(self) -> str:
+        """The first character that is not white space, "" if there is none."""
+        for _, text in self.lines():
+            return text.lstrip()[0]
+        return ""
+
+    def lines(self) -> Iterator[tuple[int, str]]:
+        """(line number from 1, text without its end) of every line that is not blank."""
+        number = 0
+        try:
+            with self._open() as file:
+                total = 0
+                while raw := file.readline(self.max_line_bytes + 1):
+                    number += 1
+                    total += len(raw)
+                    self._check_bounds(number, len(raw), total)
+                    text = self._decode(raw, number)
+                    if text and not text.isspace():
+                        yield number, text
+        except (OSError, EOFError, zlib.error) as error:
+            raise InputFileError(f"{self.path}, line {number + 1}: {_reason(error)}") from error
+
+    def _open(self) -> IO[bytes]:
+        with self.path.open("rb") as file:
+            is_gzip = file.read(2) == _GZIP_MAGIC
+        if is_gzip:
+            return io.BufferedReader(gzip.GzipFile(self.path, "rb"), 1 << 20)
+        return self.path.open("rb")
+
+    def _check_bounds(self, number: int, line_bytes: int, total: int) -> None:
+        if line_bytes > self.max_line_bytes:
+            raise InputFileError(
+                f"{self.path}, line {number}: longer than {self.max_line_bytes} bytes; "
+                "write one request per line"
+            )
+        if total > self.free_expansion_bytes and total > self.max_expansion * self.size:
+            raise InputFileError(
+                f"{self.path}, line {number}: expands to more than {self.max_expansion} times its size; "
+                "decompress it yourself if this is meant"
+            )
+
+    def _decode(self, raw: bytes, number: int) -> str:
+        if b"\0" in raw:
+            raise InputFileError(
+                f"{self.path}, line {number}: holds NUL bytes, so this is a binary file; "
+                "give JSON, JSONL or CSV text, plain or gzip"
+            )
+        try:
+            text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise InputFileError(
+                f"{self.path}, line {number}: not UTF-8 text (byte 0x{raw[error.start]:02x} "
+                f"at column {error.start + 1}); give JSON, JSONL or CSV text, plain or gzip"
+            ) from None
+        return text.rstrip("\r\n")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, (EOFError, zlib.error, gzip.BadGzipFile)):
+        return f"damaged gzip data ({error}); get the file again"
+    text = getattr(error, "strerror", None) or str(error)
+    return f"cannot be read: {text}" if isinstance(error, OSError) else text
