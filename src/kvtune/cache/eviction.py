@@ -1,0 +1,147 @@
+"""Which idle block leaves first. A policy decides; it owns no ids and no bytes.
+
+A block's life as a policy sees it::
+
+    insert ─▶ pinned ─unpin─▶ candidate ─victim()─▶ remove
+                 ▲              │
+                 └────pin───────┘
+
+`LRU` is leaf-first without a tree: a request unpins its blocks deepest first, and whoever uses a block
+also uses its ancestors, so a parent's last use is never older than its child's (vLLM's free queue
+orders blocks the same way). `FIFO` is by first insertion, whatever happens later.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Protocol
+
+from kvtune.errors import UsageError
+from kvtune.types import BlockId
+
+__all__ = ["FIFO", "LRU", "POLICIES", "EvictionPolicy", "policy_factory"]
+
+
+class EvictionPolicy(Protocol):
+    """Orders the idle blocks of one pool. Every verb costs O(log n) or less, amortised; one thread.
+
+    The caller inserts a block once, pins and unpins it in turn, and removes it once; anything else
+    is a caller's bug and raises KeyError.
+    """
+
+    def insert(self, block_id: BlockId, *, depth: int) -> None:
+        """The block became resident, pinned. `depth` is its index in the sequence, 0 for the head."""
+        ...
+
+    def pin(self, block_id: BlockId) -> None:
+        """Someone uses the block again: it is no candidate until unpinned."""
+        ...
+
+    def unpin(self, block_id: BlockId) -> None:
+        """Nobody uses the block: it is a candidate, and this moment is its last use."""
+        ...
+
+    def victim(self) -> BlockId | None:
+        """The candidate that should leave next, None when there is none. Changes no answer."""
+        ...
+
+    def remove(self, block_id: BlockId) -> None:
+        """The block is not resident any more (evicted or dropped); it must be a candidate."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of candidates."""
+        ...
+
+
+class LRU:
+    """Least recently used; O(1)."""
+
+    def __init__(self) -> None:
+        self._pinned: set[BlockId] = set()
+        self._candidates: OrderedDict[BlockId, None] = OrderedDict()
+
+    def insert(self, block_id: BlockId, *, depth: int) -> None:
+        if block_id in self._pinned or block_id in self._candidates:
+            raise KeyError(block_id)
+        self._pinned.add(block_id)
+
+    def pin(self, block_id: BlockId) -> None:
+        del self._candidates[block_id]
+        self._pinned.add(block_id)
+
+    def unpin(self, block_id: BlockId) -> None:
+        self._pinned.remove(block_id)
+        self._candidates[block_id] = None
+
+    def victim(self) -> BlockId | None:
+        return next(iter(self._candidates), None)
+
+    def remove(self, block_id: BlockId) -> None:
+        del self._candidates[block_id]
+
+    def __len__(self) -> int:
+        return len(self._candidates)
+
+
+class FIFO:
+    """First inserted, first out; use does not matter. O(log n): a heap whose stale tops are skipped."""
+
+    def __init__(self) -> None:
+        self._inserted: dict[BlockId, int] = {}
+        self._num_inserted = 0
+        self._candidates: set[BlockId] = set()
+        self._heap: list[tuple[int, BlockId]] = []
+        self._queued: set[BlockId] = set()  # resident blocks that already have a live heap entry
+
+    def insert(self, block_id: BlockId, *, depth: int) -> None:
+        if block_id in self._inserted:
+            raise KeyError(block_id)
+        self._inserted[block_id] = self._num_inserted
+        self._num_inserted += 1
+
+    def pin(self, block_id: BlockId) -> None:
+        self._candidates.remove(block_id)
+
+    def unpin(self, block_id: BlockId) -> None:
+        order = self._inserted[block_id]
+        if block_id in self._candidates:
+            raise KeyError(block_id)
+        self._candidates.add(block_id)
+        if block_id not in self._queued:
+            self._queued.add(block_id)
+            heapq.heappush(self._heap, (order, block_id))
+
+    def victim(self) -> BlockId | None:
+        while self._heap:
+            order, block_id = self._heap[0]
+            is_live = self._inserted.get(block_id) == order
+            if is_live and block_id in self._candidates:
+                return block_id
+            heapq.heappop(self._heap)
+            if is_live:  # pinned now: unpinning queues it again
+                self._queued.discard(block_id)
+        return None
+
+    def remove(self, block_id: BlockId) -> None:
+        self._candidates.remove(block_id)
+        del self._inserted[block_id]
+        self._queued.discard(block_id)  # its heap entry is stale from now on
+
+    def __len__(self) -> int:
+        return len(self._candidates)
+
+
+POLICIES: dict[str, Callable[[], EvictionPolicy]] = {"lru": LRU, "fifo": FIFO}
+
+
+def policy_factory(policy: str | Callable[[], EvictionPolicy]) -> Callable[[], EvictionPolicy]:
+    """A built-in by name, or the caller's own factory as it is. UsageError names the known ones."""
+    if not isinstance(policy, str):
+        return policy
+    try:
+        return POLICIES[policy]
+    except KeyError:
+        raise UsageError(f"unknown eviction policy {policy!r}; known: {', '.join(POLICIES)}") from None

@@ -1,0 +1,500 @@
+"""KVCacheManager: the facade over pools, indexes and policies of all KV cache groups.
+
+It owns the block tables. Slots are asked for before a step (`allocate`), declared computed after it
+(`commit`: full blocks are published, blocks that left a window go idle), and given back by `free`.
+
+::
+
+    tokens   |<-- matched -->|<-- computed -->|<-- allocated -->|
+    blocks   [ shared, published ][ published ][partial][ empty ]
+                                               ▲ copied before writing when a fork shares it
+
+Nothing here knows tensors: the engine and the simulator run the same manager.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from kvtune.cache.block_pool import NULL_BLOCK
+from kvtune.cache.eviction import EvictionPolicy, policy_factory
+from kvtune.cache.group import GroupCache, Table
+from kvtune.cache.hashing import chain_hashes, root_hash, token_array
+from kvtune.cache.matching import longest_match, miss_causes
+from kvtune.cache.records import Allocation, CacheStats, GroupUsage, PrefixMatch
+from kvtune.errors import InvariantError, UsageError
+from kvtune.spec import KVGroup
+from kvtune.types import BlockCopy, BlockHash, BlockId, BlockTable, MissCause, RequestId, TokenArray
+
+__all__ = ["KVCacheManager"]
+
+_NO_COPIES = Allocation()
+Tokens = Sequence[int] | TokenArray
+
+
+class _Record:
+    """What one request holds. `promised[g]` blocks passed the room test but are not taken yet."""
+
+    __slots__ = (
+        "hashes",
+        "is_private",
+        "num_computed",
+        "num_published",
+        "num_released",
+        "promised",
+        "tables",
+    )
+
+    def __init__(
+        self, tables: list[Table[int]], root: BlockHash, hashes: list[BlockHash], num_computed: int
+    ) -> None:
+        self.tables = tables
+        self.root = root
+        self.hashes = hashes  # the chain so far; may run ahead of what is computed
+        self.num_computed = num_computed
+        self.num_published = 0  # blocks, the same in every group
+        self.num_released = [0] * len(tables)  # leading blocks that left the window
+        self.promised = [0] * len(tables)
+        self.is_private = False  # publishes nothing any more
+
+
+class KVCacheManager:
+    """Paged KV cache bookkeeping with prefix reuse. Not thread-safe.
+
+    `num_blocks[g]` body blocks for group g; `num_first_blocks[g]` > 0 gives block 0 of every sequence
+    ids of its own behind them. Leaf-first eviction holds within the body and within the first blocks.
+    Any `block_size` >= 1 works. Misuse (unknown request, stale match) raises InvariantError, input
+    that cannot be right raises UsageError.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[KVGroup],
+        num_blocks: Sequence[int],
+        *,
+        block_size: int,
+        enable_prefix_caching: bool = True,
+        policy: str | Callable[[], EvictionPolicy] = "lru",
+        fingerprint: bytes = b"",
+        num_first_blocks: Sequence[int] | None = None,
+    ) -> None:
+        firsts = list(num_first_blocks) if num_first_blocks is not None else [0] * len(groups)
+        _check_sizes(groups, num_blocks, firsts, block_size)
+        self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self._fingerprint = fingerprint
+        self._groups = [
+            GroupCache(group, n, f, block_size=block_size, policy=policy_factory(policy))
+            for group, n, f in zip(groups, num_blocks, firsts, strict=True)
+        ]
+        self._records: dict[RequestId, _Record] = {}
+        self._in_flight: dict[BlockHash, RequestId] = {}  # hash -> who is computing it for the first time
+        self._promised = [0] * len(groups)
+        self._stats = CacheStats()
+
+    # --- looking
+
+    def match(
+        self,
+        token_ids: Tokens,
+        *,
+        cache_salt: str = "",
+        block_hashes: Sequence[BlockHash] | None = None,
+    ) -> PrefixMatch:
+        """The longest cached prefix that leaves at least one token to compute. No side effects.
+
+        `block_hashes` of an earlier match of the same tokens and salt save hashing them again.
+        """
+        num_tokens = len(token_ids)
+        if not self.enable_prefix_caching or not num_tokens:
+            misses = {MissCause.DISABLED: num_tokens} if num_tokens else {}
+            return PrefixMatch(num_tokens=0, blocks=((),) * len(self._groups), misses=misses)
+        root = root_hash(self._fingerprint, cache_salt)
+        hashes = tuple(block_hashes) if block_hashes is not None else self._hash(root, token_ids)
+        limit = (num_tokens - 1) // self.block_size
+        found = longest_match(self._groups, hashes, limit)
+        leader, awaited = self._leader(hashes[found.boundary : limit])
+        return PrefixMatch(
+            num_tokens=found.boundary * self.block_size,
+            blocks=found.blocks,
+            misses=miss_causes(self._groups, hashes, found, num_tokens),
+            leader=leader,
+            awaited=awaited,
+            root=root,
+            block_hashes=hashes,
+        )
+
+    def _hash(self, root: BlockHash, token_ids: Tokens) -> tuple[BlockHash, ...]:
+        return tuple(chain_hashes(root, token_array(token_ids), self.block_size))
+
+    def _leader(self, missing: Sequence[BlockHash]) -> tuple[RequestId | None, BlockHash | None]:
+        leader = self._in_flight.get(missing[0]) if missing else None
+        if leader is None:
+            return None, None
+        awaited = missing[0]
+        for block_hash in missing:
+            if self._in_flight.get(block_hash) != leader:
+                break
+            awaited = block_hash
+        return leader, awaited
+
+    def is_in_flight(self, block_hash: BlockHash) -> bool:
+        """Whether some request is computing this block for the first time."""
+        return block_hash in self._in_flight
+
+    def fits(self, num_tokens: int) -> bool:
+        """Whether a sequence this long could ever be held by an empty cache."""
+        return all(group.fits(num_tokens) for group in self._groups)
+
+    # --- taking and giving back
+
+    def allocate(
+        self,
+        request_id: RequestId,
+        num_tokens: int,
+        *,
+        match: PrefixMatch | None = None,
+        token_ids: Tokens | None = None,
+        cache_salt: str = "",
+        reserve: float = 0.0,
+        gate_tokens: int | None = None,
+    ) -> Allocation | None:
+        """Make sure that positions below `num_tokens` have slots in every group.
+
+        The first call of a request brings its `match` (it knows prompt and salt), or else the
+        prompt's `token_ids` and salt: it becomes the leader of its uncached full prompt blocks.
+        `reserve` is the share of each pool that must stay available afterwards. `gate_tokens` (first
+        call) tests the room for that many tokens, blocks promised to others included, though only
+        `num_tokens` are taken now: a chunked prefill is not admitted on its first chunk.
+        Returns None, and changes nothing, when there is no room.
+        """
+        record = self._records.get(request_id)
+        if record is not None:
+            if match is not None:
+                raise InvariantError(f"request {request_id!r} holds blocks already; match comes first")
+            return self._extend(request_id, record, num_tokens, reserve)
+        if match is None:
+            root = root_hash(self._fingerprint, cache_salt)
+            hashes = () if token_ids is None else self._hash(root, token_ids)
+            empty = ((),) * len(self._groups)
+            match = PrefixMatch(num_tokens=0, blocks=empty, misses={}, root=root, block_hashes=hashes)
+        return self._admit(request_id, match, num_tokens, reserve, gate_tokens)
+
+    def _admit(
+        self,
+        request_id: RequestId,
+        match: PrefixMatch,
+        num_tokens: int,
+        reserve: float,
+        gate_tokens: int | None,
+    ) -> Allocation | None:
+        self._refuse_stale(match)
+        record = _Record(
+            [Table("i", b) for b in match.blocks], match.root, list(match.block_hashes), match.num_tokens
+        )
+        needs = self._needs(record, num_tokens)
+        gates = needs
+        if gate_tokens is not None:
+            gates = self._gates(record, needs, max(gate_tokens, num_tokens), num_tokens - match.num_tokens)
+        if not self._has_room(gates, reserve, revived=match.blocks, promised=gate_tokens is not None):
+            return None
+        for group, blocks in zip(self._groups, match.blocks, strict=True):
+            group.pool.incref(blocks)
+        self._records[request_id] = record
+        record.num_published = match.num_tokens // self.block_size
+        record.num_released = [g.first_visible(match.num_tokens) for g in self._groups]
+        record.promised = [gate[0] for gate in gates]
+        for g, promised in enumerate(record.promised):
+            self._promised[g] += promised
+        for block_hash in match.block_hashes[record.num_published :]:
+            self._in_flight.setdefault(block_hash, request_id)
+        self._count_admission(match)
+        self._grow(record, num_tokens)
+        return _NO_COPIES
+
+    def _extend(
+        self, request_id: RequestId, record: _Record, num_tokens: int, reserve: float
+    ) -> Allocation | None:
+        needs = self._needs(record, num_tokens)
+        if not any(body or first for body, first in needs):
+            return _NO_COPIES
+        if not self._has_room(needs, reserve):
+            return None
+        copies = self._unshare(record)
+        self._grow(record, num_tokens)
+        return Allocation(copies=copies) if copies else _NO_COPIES
+
+    def has_room(
+        self,
+        request_id: RequestId,
+        num_tokens: int,
+        *,
+        reserve: float = 0.0,
+        without: Sequence[RequestId] = (),
+    ) -> bool:
+        """Whether `allocate` would succeed for a running request once the others in `without` left."""
+        needs = self._needs(self._records[request_id], num_tokens)
+        return self._has_room(needs, reserve, leaving=without)
+
+    def _needs(self, record: _Record, num_tokens: int) -> list[tuple[int, int]]:
+        """New (body, first) blocks per group, copies of a shared last block included."""
+        target = -(-num_tokens // self.block_size)
+        needs: list[tuple[int, int]] = []
+        for group, table in zip(self._groups, record.tables, strict=True):
+            body, first = max(0, target - len(table)), 0
+            if body and not len(table) and group.pool.has_first:
+                body, first = body - 1, 1
+            shared = self._shared_block(group, record, table)
+            if shared is not None:
+                is_first = group.pool.is_first(shared)
+                body, first = body + (not is_first), first + is_first
+            needs.append((body, first))
+        return needs
+
+    def _shared_block(self, group: GroupCache, record: _Record, table: Table[int]) -> BlockId | None:
+        """The partially computed last block, if another table holds it too."""
+        index, offset = divmod(record.num_computed, self.block_size)
+        if not offset or group.pool.ref_count(BlockId(table[index])) <= 1:
+            return None
+        return BlockId(table[index])
+
+    def _gates(
+        self, record: _Record, needs: list[tuple[int, int]], gate_tokens: int, chunk: int
+    ) -> list[tuple[int, int]]:
+        """Like `needs`, for the peak of the whole prompt."""
+        gates: list[tuple[int, int]] = []
+        for group, table, (body, first) in zip(self._groups, record.tables, needs, strict=True):
+            held = len(table) - table.count(NULL_BLOCK)
+            peak = group.peak_blocks(gate_tokens, chunk) - held - first
+            gates.append((max(body, peak), first))
+        return gates
+
+    def _has_room(
+        self,
+        needs: Sequence[tuple[int, int]],
+        reserve: float,
+        *,
+        revived: Sequence[Sequence[BlockId]] | None = None,
+        promised: bool = False,
+        leaving: Sequence[RequestId] = (),
+    ) -> bool:
+        for g, (group, (body, first)) in enumerate(zip(self._groups, needs, strict=True)):
+            pool = group.pool
+            idle = [b for b in revived[g] if b >= 0 and pool.is_idle(b)] if revived else []
+            left = self._left_by(g, leaving)
+            for is_first, need in ((False, body), (True, first)):
+                revive = sum(pool.is_first(b) == is_first for b in idle)
+                if not need and not revive:
+                    continue
+                room = pool.available(first=is_first) + sum(pool.is_first(b) == is_first for b in left)
+                spare = 0 if is_first or not promised else self._promised[g]
+                if room - revive - need - spare < int(reserve * pool.size(first=is_first)):
+                    return False
+        return True
+
+    def _left_by(self, g: int, request_ids: Sequence[RequestId]) -> list[BlockId]:
+        """Blocks of group g that nobody would hold once these requests left."""
+        if not request_ids:
+            return []
+        held = Counter(b for r in request_ids for b in self._records[r].tables[g] if b >= 0)
+        return [BlockId(b) for b, n in held.items() if n == self._groups[g].pool.ref_count(BlockId(b))]
+
+    def _unshare(self, record: _Record) -> tuple[BlockCopy, ...]:
+        """Copy-on-write: give the record its own copy of a shared, partially computed block."""
+        copies: list[BlockCopy] = []
+        index = record.num_computed // self.block_size
+        for g, (group, table) in enumerate(zip(self._groups, record.tables, strict=True)):
+            shared = self._shared_block(group, record, table)
+            if shared is None:
+                continue
+            copy = group.pool.allocate(first=group.pool.is_first(shared))
+            group.pool.decref((shared,))
+            table[index] = copy
+            copies.append(BlockCopy(group=g, src=shared, dst=copy))
+        if copies:
+            self._stats = replace(self._stats, copied_blocks=self._stats.copied_blocks + len(copies))
+        return tuple(copies)
+
+    def _grow(self, record: _Record, num_tokens: int) -> None:
+        target = -(-num_tokens // self.block_size)
+        for g, (group, table) in enumerate(zip(self._groups, record.tables, strict=True)):
+            allocate = group.pool.allocate
+            if target > 0 and not len(table) and group.pool.has_first:
+                table.append(allocate(first=True))
+            drawn = min(record.promised[g], max(0, target - len(table)))
+            record.promised[g] -= drawn
+            self._promised[g] -= drawn
+            while len(table) < target:
+                table.append(allocate())
+
+    def commit(self, request_id: RequestId, token_ids: Tokens, num_computed: int) -> None:
+        """Positions below `num_computed` are computed: publish full blocks, release passed ones.
+
+        `token_ids` are the sequence's tokens from position 0, at least `num_computed` of them.
+        """
+        record = self._record(request_id)
+        capacity = len(record.tables[0]) * self.block_size
+        if not record.num_computed <= num_computed <= min(capacity, len(token_ids)):
+            raise InvariantError(
+                f"request {request_id!r}: cannot commit {num_computed} tokens after {record.num_computed}, "
+                f"with {capacity} slots and {len(token_ids)} tokens"
+            )
+        record.num_computed = num_computed
+        num_full = num_computed // self.block_size
+        if num_full > record.num_published:
+            if self.enable_prefix_caching and not record.is_private:
+                self._publish(request_id, record, token_ids, num_full)
+            record.num_published = num_full
+        for g, group in enumerate(self._groups):
+            if group.window is not None:
+                self._release_passed(g, record)
+
+    def _publish(self, request_id: RequestId, record: _Record, token_ids: Tokens, num_full: int) -> None:
+        self._extend_hashes(record, token_ids, num_full)
+        for i in range(record.num_published, num_full):
+            block_hash = record.hashes[i]
+            for group, table in zip(self._groups, record.tables, strict=True):
+                table[i] = group.pool.publish(BlockId(table[i]), block_hash, depth=i)
+            if self._in_flight.get(block_hash) == request_id:
+                del self._in_flight[block_hash]
+
+    def _extend_hashes(self, record: _Record, token_ids: Tokens, num_full: int) -> None:
+        known = len(record.hashes)
+        if num_full > known:
+            parent = record.hashes[-1] if known else record.root
+            tokens = token_array(token_ids[known * self.block_size : num_full * self.block_size])
+            record.hashes += chain_hashes(parent, tokens, self.block_size)
+
+    def _release_passed(self, g: int, record: _Record) -> None:
+        visible = min(self._groups[g].first_visible(record.num_computed), len(record.tables[g]))
+        start = record.num_released[g]
+        if visible > start:
+            table = record.tables[g]
+            self._groups[g].pool.decref([BlockId(b) for b in table[start:visible]])
+            table[start:visible] = Table("i", [NULL_BLOCK]) * (visible - start)
+            record.num_released[g] = visible
+
+    def fork(self, parent_id: RequestId, child_id: RequestId) -> None:
+        """The child shares the parent's computed blocks; whoever writes a shared block copies it."""
+        parent = self._record(parent_id)
+        if child_id in self._records:
+            raise InvariantError(f"request {child_id!r} exists already")
+        num_blocks = -(-parent.num_computed // self.block_size)
+        child = _Record(
+            [t[:num_blocks] for t in parent.tables], parent.root, list(parent.hashes), parent.num_computed
+        )
+        child.num_published = parent.num_published
+        child.num_released = [min(n, num_blocks) for n in parent.num_released]
+        child.is_private = parent.is_private
+        for group, table in zip(self._groups, child.tables, strict=True):
+            group.pool.incref([BlockId(b) for b in table])
+        self._records[child_id] = child
+
+    def free(self, request_id: RequestId) -> None:
+        """Give everything back, deepest block first, so that children leave before parents."""
+        record = self._record(request_id)
+        del self._records[request_id]
+        for g, (group, table) in enumerate(zip(self._groups, record.tables, strict=True)):
+            group.pool.decref([BlockId(b) for b in reversed(table)])
+            self._promised[g] -= record.promised[g]
+        for block_hash in record.hashes[record.num_published :]:
+            if self._in_flight.get(block_hash) == request_id:
+                del self._in_flight[block_hash]
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all content. Running requests keep their blocks and publish nothing any more."""
+        for group in self._groups:
+            group.pool.unpublish_all()
+        self._in_flight.clear()
+        for record in self._records.values():
+            record.is_private = True
+
+    # --- telling
+
+    def block_tables(self, request_id: RequestId) -> tuple[BlockTable, ...]:
+        """One int32 array per group: block index -> block id, -1 where the window has passed."""
+        return tuple(np.array(table, dtype=np.int32) for table in self._record(request_id).tables)
+
+    def usage(self) -> tuple[GroupUsage, ...]:
+        return tuple(group.usage() for group in self._groups)
+
+    def stats(self) -> CacheStats:
+        pools = [group.pool for group in self._groups]
+        return replace(
+            self._stats,
+            published_blocks=sum(p.num_published for p in pools),
+            evicted_blocks=sum(p.num_evicted for p in pools),
+            duplicate_blocks=sum(p.num_duplicates for p in pools),
+        )
+
+    def check(self) -> None:
+        """Assert the global invariant; InvariantError says what broke."""
+        for g, group in enumerate(self._groups):
+            tables = [record.tables[g] for record in self._records.values()]
+            group.pool.check(Counter(BlockId(b) for table in tables for b in table if b >= 0))
+            if self._promised[g] != sum(r.promised[g] for r in self._records.values()):
+                raise InvariantError(f"group {g}: promised blocks do not add up")
+            self._check_sharing(g)
+        if not set(self._in_flight.values()) <= set(self._records):
+            raise InvariantError("a request that is gone is still the leader of some block")
+
+    def _check_sharing(self, g: int) -> None:
+        """A block in two tables sits at one index of both and holds tokens both have computed."""
+        seen: dict[int, int] = {}
+        pool = self._groups[g].pool
+        for request_id, record in self._records.items():
+            for index, block_id in enumerate(record.tables[g]):
+                if block_id < 0:
+                    continue
+                if seen.setdefault(block_id, index) != index:
+                    raise InvariantError(f"block {block_id} sits at two indices of sequences")
+                is_used = index * self.block_size < record.num_computed
+                if pool.ref_count(BlockId(block_id)) > 1 and not is_used:
+                    raise InvariantError(
+                        f"block {block_id} is shared, but {request_id!r} has yet to write it"
+                    )
+
+    # --- inside
+
+    def _record(self, request_id: RequestId) -> _Record:
+        try:
+            return self._records[request_id]
+        except KeyError:
+            raise InvariantError(f"request {request_id!r} holds no blocks") from None
+
+    def _refuse_stale(self, match: PrefixMatch) -> None:
+        for group, blocks in zip(self._groups, match.blocks, strict=True):
+            for block_id, block_hash in zip(blocks, match.block_hashes, strict=False):
+                if block_id >= 0 and group.pool.hash_of(block_id) != block_hash:
+                    raise InvariantError("the cache changed since this match; match again")
+
+    def _count_admission(self, match: PrefixMatch) -> None:
+        stats = self._stats
+        misses = Counter(stats.misses)
+        misses.update(match.misses)
+        missed = sum(match.misses.values())
+        self._stats = replace(
+            stats,
+            queried_tokens=stats.queried_tokens + match.num_tokens + missed,
+            hit_tokens=stats.hit_tokens + match.num_tokens,
+            misses=dict(misses),
+        )
+
+
+def _check_sizes(
+    groups: Sequence[KVGroup], num_blocks: Sequence[int], firsts: Sequence[int], block_size: int
+) -> None:
+    if not groups or not len(groups) == len(num_blocks) == len(firsts):
+        raise UsageError(
+            f"{len(groups)} groups need as many pool sizes, found {len(num_blocks)}, {len(firsts)}"
+        )
+    if block_size < 1:
+        raise UsageError(f"block size must be at least 1 token, found {block_size}")
+    if min(num_blocks) < 1 or min(firsts) < 0:
+        raise UsageError(
+            f"every group needs at least one block, found {list(num_blocks)}; give more KV budget"
+        )

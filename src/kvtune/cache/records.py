@@ -1,0 +1,95 @@
+"""What the cache tells others: frozen records, no behaviour beyond sums."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from kvtune.types import BlockCopy, BlockHash, BlockId, MissCause, RequestId
+
+__all__ = ["Allocation", "CacheStats", "GroupUsage", "PoolUsage", "PrefixMatch"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixMatch:
+    """The longest cached prefix of some tokens; valid until the cache changes.
+
+    `num_tokens` is a multiple of the block size, at most `len(tokens) - 1`, valid in every group.
+    `blocks[g][i]` is group g's block i, -1 where it lies before the group's window.
+    `misses` counts tokens by cause: `num_tokens + sum(misses.values()) == len(tokens)`.
+    `leader` is the request now computing the first missing block that would help, `awaited` the
+    deepest block of this prefix the leader is computing: once it is no longer in flight, match again.
+    `root` is the parent of block 0 (recipe and tenant salt); `block_hashes` are those of all full blocks, to hand back so that nothing is hashed twice.
+    """
+
+    num_tokens: int
+    blocks: tuple[tuple[BlockId, ...], ...]
+    misses: Mapping[MissCause, int]
+    leader: RequestId | None = None
+    awaited: BlockHash | None = None
+    root: BlockHash = BlockHash(b"")
+    block_hashes: tuple[BlockHash, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Allocation:
+    """Slots are there. `copies` must run, in order, before anything is written to the new slots."""
+
+    copies: tuple[BlockCopy, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolUsage:
+    """Blocks of one pool by state: free (no content), idle (cached, unused), referenced."""
+
+    total: int
+    free: int
+    idle: int
+
+    @property
+    def referenced(self) -> int:
+        return self.total - self.free - self.idle
+
+    @property
+    def available(self) -> int:
+        """Blocks a new request could get: free, or idle and evictable."""
+        return self.free + self.idle
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupUsage:
+    """Blocks of one KV cache group; `first` counts the 16-bit first blocks, zero without them."""
+
+    group: int
+    body: PoolUsage
+    first: PoolUsage
+
+    @property
+    def total(self) -> int:
+        return self.body.total + self.first.total
+
+    @property
+    def free(self) -> int:
+        return self.body.free + self.first.free
+
+    @property
+    def idle(self) -> int:
+        return self.body.idle + self.first.idle
+
+    @property
+    def referenced(self) -> int:
+        return self.body.referenced + self.first.referenced
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheStats:
+    """Counters since construction. Tokens are counted once per admission, blocks once per group."""
+
+    queried_tokens: int = 0
+    hit_tokens: int = 0
+    misses: Mapping[MissCause, int] = field(default_factory=dict[MissCause, int])
+    published_blocks: int = 0
+    evicted_blocks: int = 0
+    duplicate_blocks: int = 0
+    """Blocks computed twice at once; the first copy stayed, the second was given back."""
+    copied_blocks: int = 0
