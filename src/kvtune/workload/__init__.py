@@ -1,8 +1,11 @@
 """One canonical request trace: readers for the formats people have, real tokens for traces that hold
 only lengths and hashes, generators, splits and reuse statistics. No tensors."""
 
+from kvtune.workload.formats import FORMATS
+from kvtune.workload.formats.canonical import write_workload
 from kvtune.workload.load import load_workload
-from kvtune.workload.materialise import materialise
+from kvtune.workload.materialise import DEFAULT_MAX_TOKENS, materialise
+from kvtune.workload.prefix import session_labels
 from kvtune.workload.request import (
     Materialised,
     Message,
@@ -11,8 +14,12 @@ from kvtune.workload.request import (
     Workload,
     WorkloadRequest,
 )
+from kvtune.workload.split import split_by_session
+from kvtune.workload.statistics import workload_statistics
 
 __all__ = [
+    "DEFAULT_MAX_TOKENS",
+    "FORMATS",
     "Materialised",
     "Message",
     "Rejection",
@@ -21,4 +28,8 @@ __all__ = [
     "WorkloadRequest",
     "load_workload",
     "materialise",
+    "session_labels",
+    "split_by_session",
+    "workload_statistics",
+    "write_workload",
 ]

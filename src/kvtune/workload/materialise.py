@@ -106,8 +106,8 @@ def _shrink(workload: Workload, scale: float, num_digits: int) -> _Shrink:
     scaled = max(1, round(workload.block_size * scale))
     if scaled < min(num_digits, workload.block_size):
         raise UsageError(
-            f"scale {scale:g} leaves {scaled} tokens of a block of {workload.block_size}, {num_digits} "
-            f"are needed to tell its ids apart; use a scale of at least {num_digits / workload.block_size:.3g}"
+            f"scale {scale:g} leaves {scaled} of a block's {workload.block_size} tokens, too few to tell its "
+            f"ids apart; use a scale of at least {num_digits / workload.block_size:.3g}"
         )
     return _Shrink(scaled / workload.block_size, workload.block_size, scaled, num_digits)
 
