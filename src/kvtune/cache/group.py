@@ -35,6 +35,7 @@ class GroupCache:
         self.group = group
         self.block_size = block_size
         self.window = group.window
+        self.promised = 0  # body blocks promised to running requests, written by the manager alone
         self.index = HashIndex(max_evicted=EVICTED_MEMORY * (num_blocks + num_first_blocks))
         self.pool = BlockPool(num_blocks, num_first_blocks, policy=policy, index=self.index)
 

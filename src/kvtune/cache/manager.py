@@ -24,6 +24,7 @@ from kvtune.cache.block_pool import NULL_BLOCK
 from kvtune.cache.eviction import EvictionPolicy, policy_factory
 from kvtune.cache.group import GroupCache, Table
 from kvtune.cache.hashing import chain_hashes, root_hash, token_array
+from kvtune.cache.holding import Holding, has_room, needed_blocks, peak_needs, shared_block
 from kvtune.cache.matching import longest_match, miss_causes
 from kvtune.cache.records import Allocation, CacheStats, GroupUsage, PrefixMatch
 from kvtune.errors import InvariantError, UsageError
@@ -34,32 +35,6 @@ __all__ = ["KVCacheManager"]
 
 _NO_COPIES = Allocation()
 Tokens = Sequence[int] | TokenArray
-
-
-class _Record:
-    """What one request holds. `promised[g]` blocks passed the room test but are not taken yet."""
-
-    __slots__ = (
-        "hashes",
-        "is_private",
-        "num_computed",
-        "num_published",
-        "num_released",
-        "promised",
-        "tables",
-    )
-
-    def __init__(
-        self, tables: list[Table[int]], root: BlockHash, hashes: list[BlockHash], num_computed: int
-    ) -> None:
-        self.tables = tables
-        self.root = root
-        self.hashes = hashes  # the chain so far; may run ahead of what is computed
-        self.num_computed = num_computed
-        self.num_published = 0  # blocks, the same in every group
-        self.num_released = [0] * len(tables)  # leading blocks that left the window
-        self.promised = [0] * len(tables)
-        self.is_private = False  # publishes nothing any more
 
 
 class KVCacheManager:
@@ -91,10 +66,10 @@ class KVCacheManager:
             GroupCache(group, n, f, block_size=block_size, policy=policy_factory(policy))
             for group, n, f in zip(groups, num_blocks, firsts, strict=True)
         ]
-        self._records: dict[RequestId, _Record] = {}
+        self._holdings: dict[RequestId, Holding] = {}
         self._in_flight: dict[BlockHash, RequestId] = {}  # hash -> who is computing it for the first time
-        self._promised = [0] * len(groups)
         self._stats = CacheStats()
+        self._no_blocks: tuple[tuple[BlockId, ...], ...] = ((),) * len(groups)
 
     # --- looking
 
@@ -110,10 +85,10 @@ class KVCacheManager:
         `block_hashes` of an earlier match of the same tokens and salt save hashing them again.
         """
         num_tokens = len(token_ids)
+        root = root_hash(self._fingerprint, cache_salt)
         if not self.enable_prefix_caching or not num_tokens:
             misses = {MissCause.DISABLED: num_tokens} if num_tokens else {}
-            return PrefixMatch(num_tokens=0, blocks=((),) * len(self._groups), misses=misses)
-        root = root_hash(self._fingerprint, cache_salt)
+            return PrefixMatch(num_tokens=0, blocks=self._no_blocks, misses=misses, root=root)
         hashes = tuple(block_hashes) if block_hashes is not None else self._hash(root, token_ids)
         limit = (num_tokens - 1) // self.block_size
         found = longest_match(self._groups, hashes, limit)
@@ -172,17 +147,20 @@ class KVCacheManager:
         `num_tokens` are taken now: a chunked prefill is not admitted on its first chunk.
         Returns None, and changes nothing, when there is no room.
         """
-        record = self._records.get(request_id)
-        if record is not None:
+        holding = self._holdings.get(request_id)
+        if holding is not None:
             if match is not None:
                 raise InvariantError(f"request {request_id!r} holds blocks already; match comes first")
-            return self._extend(request_id, record, num_tokens, reserve)
+            return self._extend(holding, num_tokens, reserve)
         if match is None:
-            root = root_hash(self._fingerprint, cache_salt)
-            hashes = () if token_ids is None else self._hash(root, token_ids)
-            empty = ((),) * len(self._groups)
-            match = PrefixMatch(num_tokens=0, blocks=empty, misses={}, root=root, block_hashes=hashes)
+            match = self._no_match(token_ids, cache_salt)
         return self._admit(request_id, match, num_tokens, reserve, gate_tokens)
+
+    def _no_match(self, token_ids: Tokens | None, cache_salt: str) -> PrefixMatch:
+        root = root_hash(self._fingerprint, cache_salt)
+        is_hashed = token_ids is not None and self.enable_prefix_caching
+        hashes = self._hash(root, token_ids) if is_hashed else ()
+        return PrefixMatch(num_tokens=0, blocks=self._no_blocks, misses={}, root=root, block_hashes=hashes)
 
     def _admit(
         self,
@@ -193,39 +171,38 @@ class KVCacheManager:
         gate_tokens: int | None,
     ) -> Allocation | None:
         self._refuse_stale(match)
-        record = _Record(
+        holding = Holding(
             [Table("i", b) for b in match.blocks], match.root, list(match.block_hashes), match.num_tokens
         )
-        needs = self._needs(record, num_tokens)
-        gates = needs
+        needs = needed_blocks(self._groups, holding, num_tokens)
+        is_gated = gate_tokens is not None
         if gate_tokens is not None:
-            gates = self._gates(record, needs, max(gate_tokens, num_tokens), num_tokens - match.num_tokens)
-        if not self._has_room(gates, reserve, revived=match.blocks, promised=gate_tokens is not None):
+            peak, chunk = max(gate_tokens, num_tokens), num_tokens - match.num_tokens
+            needs = peak_needs(self._groups, holding, needs, num_tokens=peak, chunk=chunk)
+        if not has_room(self._groups, needs, reserve, revived=match.blocks, keep_promises=is_gated):
             return None
         for group, blocks in zip(self._groups, match.blocks, strict=True):
             group.pool.incref(blocks)
-        self._records[request_id] = record
-        record.num_published = match.num_tokens // self.block_size
-        record.num_released = [g.first_visible(match.num_tokens) for g in self._groups]
-        record.promised = [gate[0] for gate in gates]
-        for g, promised in enumerate(record.promised):
-            self._promised[g] += promised
-        for block_hash in match.block_hashes[record.num_published :]:
+        self._holdings[request_id] = holding
+        holding.num_published = match.num_tokens // self.block_size
+        holding.num_released = [g.first_visible(match.num_tokens) for g in self._groups]
+        holding.promised = [body for body, _ in needs]
+        for group, promised in zip(self._groups, holding.promised, strict=True):
+            group.promised += promised
+        for block_hash in match.block_hashes[holding.num_published :]:
             self._in_flight.setdefault(block_hash, request_id)
         self._count_admission(match)
-        self._grow(record, num_tokens)
+        self._grow(holding, num_tokens)
         return _NO_COPIES
 
-    def _extend(
-        self, request_id: RequestId, record: _Record, num_tokens: int, reserve: float
-    ) -> Allocation | None:
-        needs = self._needs(record, num_tokens)
+    def _extend(self, holding: Holding, num_tokens: int, reserve: float) -> Allocation | None:
+        needs = needed_blocks(self._groups, holding, num_tokens)
         if not any(body or first for body, first in needs):
             return _NO_COPIES
-        if not self._has_room(needs, reserve):
+        if not has_room(self._groups, needs, reserve):
             return None
-        copies = self._unshare(record)
-        self._grow(record, num_tokens)
+        copies = self._unshare(holding)
+        self._grow(holding, num_tokens)
         return Allocation(copies=copies) if copies else _NO_COPIES
 
     def has_room(
@@ -237,78 +214,15 @@ class KVCacheManager:
         without: Sequence[RequestId] = (),
     ) -> bool:
         """Whether `allocate` would succeed for a running request once the others in `without` left."""
-        needs = self._needs(self._records[request_id], num_tokens)
-        return self._has_room(needs, reserve, leaving=without)
+        needs = needed_blocks(self._groups, self._holding(request_id), num_tokens)
+        return has_room(self._groups, needs, reserve, leaving=[self._holding(r) for r in without])
 
-    def _needs(self, record: _Record, num_tokens: int) -> list[tuple[int, int]]:
-        """New (body, first) blocks per group, copies of a shared last block included."""
-        target = -(-num_tokens // self.block_size)
-        needs: list[tuple[int, int]] = []
-        for group, table in zip(self._groups, record.tables, strict=True):
-            body, first = max(0, target - len(table)), 0
-            if body and not len(table) and group.pool.has_first:
-                body, first = body - 1, 1
-            shared = self._shared_block(group, record, table)
-            if shared is not None:
-                is_first = group.pool.is_first(shared)
-                body, first = body + (not is_first), first + is_first
-            needs.append((body, first))
-        return needs
-
-    def _shared_block(self, group: GroupCache, record: _Record, table: Table[int]) -> BlockId | None:
-        """The partially computed last block, if another table holds it too."""
-        index, offset = divmod(record.num_computed, self.block_size)
-        if not offset or group.pool.ref_count(BlockId(table[index])) <= 1:
-            return None
-        return BlockId(table[index])
-
-    def _gates(
-        self, record: _Record, needs: list[tuple[int, int]], gate_tokens: int, chunk: int
-    ) -> list[tuple[int, int]]:
-        """Like `needs`, for the peak of the whole prompt."""
-        gates: list[tuple[int, int]] = []
-        for group, table, (body, first) in zip(self._groups, record.tables, needs, strict=True):
-            held = len(table) - table.count(NULL_BLOCK)
-            peak = group.peak_blocks(gate_tokens, chunk) - held - first
-            gates.append((max(body, peak), first))
-        return gates
-
-    def _has_room(
-        self,
-        needs: Sequence[tuple[int, int]],
-        reserve: float,
-        *,
-        revived: Sequence[Sequence[BlockId]] | None = None,
-        promised: bool = False,
-        leaving: Sequence[RequestId] = (),
-    ) -> bool:
-        for g, (group, (body, first)) in enumerate(zip(self._groups, needs, strict=True)):
-            pool = group.pool
-            idle = [b for b in revived[g] if b >= 0 and pool.is_idle(b)] if revived else []
-            left = self._left_by(g, leaving)
-            for is_first, need in ((False, body), (True, first)):
-                revive = sum(pool.is_first(b) == is_first for b in idle)
-                if not need and not revive:
-                    continue
-                room = pool.available(first=is_first) + sum(pool.is_first(b) == is_first for b in left)
-                spare = 0 if is_first or not promised else self._promised[g]
-                if room - revive - need - spare < int(reserve * pool.size(first=is_first)):
-                    return False
-        return True
-
-    def _left_by(self, g: int, request_ids: Sequence[RequestId]) -> list[BlockId]:
-        """Blocks of group g that nobody would hold once these requests left."""
-        if not request_ids:
-            return []
-        held = Counter(b for r in request_ids for b in self._records[r].tables[g] if b >= 0)
-        return [BlockId(b) for b, n in held.items() if n == self._groups[g].pool.ref_count(BlockId(b))]
-
-    def _unshare(self, record: _Record) -> tuple[BlockCopy, ...]:
-        """Copy-on-write: give the record its own copy of a shared, partially computed block."""
+    def _unshare(self, holding: Holding) -> tuple[BlockCopy, ...]:
+        """Copy-on-write: give the holding its own copy of a shared, partially computed block."""
         copies: list[BlockCopy] = []
-        index = record.num_computed // self.block_size
-        for g, (group, table) in enumerate(zip(self._groups, record.tables, strict=True)):
-            shared = self._shared_block(group, record, table)
+        index = holding.num_computed // self.block_size
+        for g, (group, table) in enumerate(zip(self._groups, holding.tables, strict=True)):
+            shared = shared_block(group, holding, table)
             if shared is None:
                 continue
             copy = group.pool.allocate(first=group.pool.is_first(shared))
@@ -319,15 +233,15 @@ class KVCacheManager:
             self._stats = replace(self._stats, copied_blocks=self._stats.copied_blocks + len(copies))
         return tuple(copies)
 
-    def _grow(self, record: _Record, num_tokens: int) -> None:
+    def _grow(self, holding: Holding, num_tokens: int) -> None:
         target = -(-num_tokens // self.block_size)
-        for g, (group, table) in enumerate(zip(self._groups, record.tables, strict=True)):
+        for g, (group, table) in enumerate(zip(self._groups, holding.tables, strict=True)):
             allocate = group.pool.allocate
             if target > 0 and not len(table) and group.pool.has_first:
                 table.append(allocate(first=True))
-            drawn = min(record.promised[g], max(0, target - len(table)))
-            record.promised[g] -= drawn
-            self._promised[g] -= drawn
+            drawn = min(holding.promised[g], max(0, target - len(table)))
+            holding.promised[g] -= drawn
+            group.promised -= drawn
             while len(table) < target:
                 table.append(allocate())
 
@@ -336,55 +250,55 @@ class KVCacheManager:
 
         `token_ids` are the sequence's tokens from position 0, at least `num_computed` of them.
         """
-        record = self._record(request_id)
-        capacity = len(record.tables[0]) * self.block_size
-        if not record.num_computed <= num_computed <= min(capacity, len(token_ids)):
+        holding = self._holding(request_id)
+        capacity = len(holding.tables[0]) * self.block_size
+        if not holding.num_computed <= num_computed <= min(capacity, len(token_ids)):
             raise InvariantError(
-                f"request {request_id!r}: cannot commit {num_computed} tokens after {record.num_computed}, "
+                f"request {request_id!r}: cannot commit {num_computed} tokens after {holding.num_computed}, "
                 f"with {capacity} slots and {len(token_ids)} tokens"
             )
-        record.num_computed = num_computed
+        holding.num_computed = num_computed
         num_full = num_computed // self.block_size
-        if num_full > record.num_published:
-            if self.enable_prefix_caching and not record.is_private:
-                self._publish(request_id, record, token_ids, num_full)
-            record.num_published = num_full
+        if num_full > holding.num_published:
+            if self.enable_prefix_caching and not holding.is_private:
+                self._publish(request_id, holding, token_ids, num_full)
+            holding.num_published = num_full
         for g, group in enumerate(self._groups):
             if group.window is not None:
-                self._release_passed(g, record)
+                self._release_passed(g, holding)
 
-    def _publish(self, request_id: RequestId, record: _Record, token_ids: Tokens, num_full: int) -> None:
-        self._extend_hashes(record, token_ids, num_full)
-        for i in range(record.num_published, num_full):
-            block_hash = record.hashes[i]
-            for group, table in zip(self._groups, record.tables, strict=True):
+    def _publish(self, request_id: RequestId, holding: Holding, token_ids: Tokens, num_full: int) -> None:
+        self._extend_hashes(holding, token_ids, num_full)
+        for i in range(holding.num_published, num_full):
+            block_hash = holding.hashes[i]
+            for group, table in zip(self._groups, holding.tables, strict=True):
                 table[i] = group.pool.publish(BlockId(table[i]), block_hash, depth=i)
             if self._in_flight.get(block_hash) == request_id:
                 del self._in_flight[block_hash]
 
-    def _extend_hashes(self, record: _Record, token_ids: Tokens, num_full: int) -> None:
-        known = len(record.hashes)
+    def _extend_hashes(self, holding: Holding, token_ids: Tokens, num_full: int) -> None:
+        known = len(holding.hashes)
         if num_full > known:
-            parent = record.hashes[-1] if known else record.root
+            parent = holding.hashes[-1] if known else holding.root
             tokens = token_array(token_ids[known * self.block_size : num_full * self.block_size])
-            record.hashes += chain_hashes(parent, tokens, self.block_size)
+            holding.hashes += chain_hashes(parent, tokens, self.block_size)
 
-    def _release_passed(self, g: int, record: _Record) -> None:
-        visible = min(self._groups[g].first_visible(record.num_computed), len(record.tables[g]))
-        start = record.num_released[g]
+    def _release_passed(self, g: int, holding: Holding) -> None:
+        visible = min(self._groups[g].first_visible(holding.num_computed), len(holding.tables[g]))
+        start = holding.num_released[g]
         if visible > start:
-            table = record.tables[g]
+            table = holding.tables[g]
             self._groups[g].pool.decref([BlockId(b) for b in table[start:visible]])
             table[start:visible] = Table("i", [NULL_BLOCK]) * (visible - start)
-            record.num_released[g] = visible
+            holding.num_released[g] = visible
 
     def fork(self, parent_id: RequestId, child_id: RequestId) -> None:
         """The child shares the parent's computed blocks; whoever writes a shared block copies it."""
-        parent = self._record(parent_id)
-        if child_id in self._records:
+        parent = self._holding(parent_id)
+        if child_id in self._holdings:
             raise InvariantError(f"request {child_id!r} exists already")
         num_blocks = -(-parent.num_computed // self.block_size)
-        child = _Record(
+        child = Holding(
             [t[:num_blocks] for t in parent.tables], parent.root, list(parent.hashes), parent.num_computed
         )
         child.num_published = parent.num_published
@@ -392,16 +306,16 @@ class KVCacheManager:
         child.is_private = parent.is_private
         for group, table in zip(self._groups, child.tables, strict=True):
             group.pool.incref([BlockId(b) for b in table])
-        self._records[child_id] = child
+        self._holdings[child_id] = child
 
     def free(self, request_id: RequestId) -> None:
         """Give everything back, deepest block first, so that children leave before parents."""
-        record = self._record(request_id)
-        del self._records[request_id]
-        for g, (group, table) in enumerate(zip(self._groups, record.tables, strict=True)):
+        holding = self._holding(request_id)
+        del self._holdings[request_id]
+        for g, (group, table) in enumerate(zip(self._groups, holding.tables, strict=True)):
             group.pool.decref([BlockId(b) for b in reversed(table)])
-            self._promised[g] -= record.promised[g]
-        for block_hash in record.hashes[record.num_published :]:
+            group.promised -= holding.promised[g]
+        for block_hash in holding.hashes[holding.num_published :]:
             if self._in_flight.get(block_hash) == request_id:
                 del self._in_flight[block_hash]
 
@@ -410,14 +324,14 @@ class KVCacheManager:
         for group in self._groups:
             group.pool.unpublish_all()
         self._in_flight.clear()
-        for record in self._records.values():
-            record.is_private = True
+        for holding in self._holdings.values():
+            holding.is_private = True
 
     # --- telling
 
     def block_tables(self, request_id: RequestId) -> tuple[BlockTable, ...]:
         """One int32 array per group: block index -> block id, -1 where the window has passed."""
-        return tuple(np.array(table, dtype=np.int32) for table in self._record(request_id).tables)
+        return tuple(np.array(table, dtype=np.int32) for table in self._holding(request_id).tables)
 
     def usage(self) -> tuple[GroupUsage, ...]:
         return tuple(group.usage() for group in self._groups)
@@ -434,25 +348,25 @@ class KVCacheManager:
     def check(self) -> None:
         """Assert the global invariant; InvariantError says what broke."""
         for g, group in enumerate(self._groups):
-            tables = [record.tables[g] for record in self._records.values()]
+            tables = [holding.tables[g] for holding in self._holdings.values()]
             group.pool.check(Counter(BlockId(b) for table in tables for b in table if b >= 0))
-            if self._promised[g] != sum(r.promised[g] for r in self._records.values()):
+            if group.promised != sum(r.promised[g] for r in self._holdings.values()):
                 raise InvariantError(f"group {g}: promised blocks do not add up")
             self._check_sharing(g)
-        if not set(self._in_flight.values()) <= set(self._records):
+        if not set(self._in_flight.values()) <= set(self._holdings):
             raise InvariantError("a request that is gone is still the leader of some block")
 
     def _check_sharing(self, g: int) -> None:
         """A block in two tables sits at one index of both and holds tokens both have computed."""
         seen: dict[int, int] = {}
         pool = self._groups[g].pool
-        for request_id, record in self._records.items():
-            for index, block_id in enumerate(record.tables[g]):
+        for request_id, holding in self._holdings.items():
+            for index, block_id in enumerate(holding.tables[g]):
                 if block_id < 0:
                     continue
                 if seen.setdefault(block_id, index) != index:
                     raise InvariantError(f"block {block_id} sits at two indices of sequences")
-                is_used = index * self.block_size < record.num_computed
+                is_used = index * self.block_size < holding.num_computed
                 if pool.ref_count(BlockId(block_id)) > 1 and not is_used:
                     raise InvariantError(
                         f"block {block_id} is shared, but {request_id!r} has yet to write it"
@@ -460,9 +374,9 @@ class KVCacheManager:
 
     # --- inside
 
-    def _record(self, request_id: RequestId) -> _Record:
+    def _holding(self, request_id: RequestId) -> Holding:
         try:
-            return self._records[request_id]
+            return self._holdings[request_id]
         except KeyError:
             raise InvariantError(f"request {request_id!r} holds no blocks") from None
 

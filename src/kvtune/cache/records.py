@@ -19,15 +19,16 @@ class PrefixMatch:
     `misses` counts tokens by cause: `num_tokens + sum(misses.values()) == len(tokens)`.
     `leader` is the request now computing the first missing block that would help, `awaited` the
     deepest block of this prefix the leader is computing: once it is no longer in flight, match again.
-    `root` is the parent of block 0 (recipe and tenant salt); `block_hashes` are those of all full blocks, to hand back so that nothing is hashed twice.
+    `root` is the parent of block 0 (recipe and tenant salt); `block_hashes` are those of all full
+    blocks, to hand back so that nothing is hashed twice.
     """
 
     num_tokens: int
     blocks: tuple[tuple[BlockId, ...], ...]
     misses: Mapping[MissCause, int]
+    root: BlockHash
     leader: RequestId | None = None
     awaited: BlockHash | None = None
-    root: BlockHash = BlockHash(b"")
     block_hashes: tuple[BlockHash, ...] = ()
 
 

@@ -1,0 +1,112 @@
+"""What one request holds in every group, and whether the pools have room for more of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from kvtune.cache.block_pool import NULL_BLOCK
+from kvtune.cache.group import GroupCache, Table
+from kvtune.types import BlockHash, BlockId
+
+__all__ = ["Holding", "Need", "has_room", "needed_blocks", "peak_needs", "released_by", "shared_block"]
+
+Need = tuple[int, int]
+"""New (body, first) blocks of one group."""
+
+
+class Holding:
+    """Block tables of one request and how far they are computed, published and released."""
+
+    __slots__ = (
+        "hashes",
+        "is_private",
+        "num_computed",
+        "num_published",
+        "num_released",
+        "promised",
+        "root",
+        "tables",
+    )
+
+    def __init__(
+        self, tables: list[Table[int]], root: BlockHash, hashes: list[BlockHash], num_computed: int
+    ) -> None:
+        self.tables = tables
+        self.root = root
+        self.hashes = hashes  # the chain so far; may run ahead of what is computed
+        self.num_computed = num_computed
+        self.num_published = 0  # blocks, the same in every group
+        self.num_released = [0] * len(tables)  # leading blocks that left the window
+        self.promised = [0] * len(tables)  # body blocks that passed the room test but are not taken yet
+        self.is_private = False  # publishes nothing any more
+
+
+def shared_block(group: GroupCache, holding: Holding, table: Table[int]) -> BlockId | None:
+    """The partially computed last block, if another table holds it too."""
+    index, offset = divmod(holding.num_computed, group.block_size)
+    if not offset or group.pool.ref_count(BlockId(table[index])) <= 1:
+        return None
+    return BlockId(table[index])
+
+
+def needed_blocks(groups: Sequence[GroupCache], holding: Holding, num_tokens: int) -> list[Need]:
+    """New blocks per group for slots below `num_tokens`, copies of a shared last block included."""
+    needs: list[Need] = []
+    for group, table in zip(groups, holding.tables, strict=True):
+        body, first = max(0, -(-num_tokens // group.block_size) - len(table)), 0
+        if body and not len(table) and group.pool.has_first:
+            body, first = body - 1, 1
+        shared = shared_block(group, holding, table)
+        if shared is not None:
+            is_first = group.pool.is_first(shared)
+            body, first = body + (not is_first), first + is_first
+        needs.append((body, first))
+    return needs
+
+
+def peak_needs(
+    groups: Sequence[GroupCache], holding: Holding, needs: Sequence[Need], *, num_tokens: int, chunk: int
+) -> list[Need]:
+    """`needs` raised to the peak of a whole sequence computed `chunk` tokens a step."""
+    peaks: list[Need] = []
+    for group, table, (body, first) in zip(groups, holding.tables, needs, strict=True):
+        held = len(table) - table.count(NULL_BLOCK)
+        peaks.append((max(body, group.peak_blocks(num_tokens, chunk) - held - first), first))
+    return peaks
+
+
+def released_by(group: GroupCache, tables: Iterable[Table[int]]) -> list[BlockId]:
+    """Blocks of the group that nobody would hold once these tables were gone."""
+    held = Counter(block_id for table in tables for block_id in table if block_id >= 0)
+    return [BlockId(b) for b, count in held.items() if count == group.pool.ref_count(BlockId(b))]
+
+
+def has_room(
+    groups: Sequence[GroupCache],
+    needs: Sequence[Need],
+    reserve: float,
+    *,
+    revived: Sequence[Sequence[BlockId]] | None = None,
+    leaving: Sequence[Holding] = (),
+    keep_promises: bool = False,
+) -> bool:
+    """Whether every pool can give what is needed and keep a share of `reserve` available.
+
+    `revived` are matched blocks per group: the idle ones among them stop being available.
+    `leaving` would give their blocks back first. `keep_promises` counts blocks promised to others.
+    """
+    for g, (group, need) in enumerate(zip(groups, needs, strict=True)):
+        pool = group.pool
+        idle = [b for b in revived[g] if b >= 0 and pool.is_idle(b)] if revived else []
+        left = released_by(group, [h.tables[g] for h in leaving]) if leaving else []
+        for is_first in (False, True):
+            taken = need[is_first] + sum(pool.is_first(b) == is_first for b in idle)
+            if not taken:
+                continue
+            if keep_promises and not is_first:
+                taken += group.promised
+            room = pool.available(first=is_first) + sum(pool.is_first(b) == is_first for b in left)
+            if room - taken < int(reserve * pool.size(first=is_first)):
+                return False
+    return True
