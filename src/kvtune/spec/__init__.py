@@ -7,21 +7,42 @@ Notation: n tokens in the sequence, B tokens per block, W window, h KV heads, d 
 
 from __future__ import annotations
 
+from kvtune.spec.engines import ENGINES, Paging, allocator_bytes, kv_format
 from kvtune.spec.layout import CODEC_STORAGE, CodecStorage, KVGroup, LayerKind, PackedLayout, codec_storage
-from kvtune.spec.model import LayerSpec, ModelSpec
-from kvtune.spec.sizing import blocks_per_sequence, first_block_bytes, group_block_bytes, split_budget
+from kvtune.spec.model import LayerSpec, ModelSpec, text_config
+from kvtune.spec.sizing import (
+    KVFormat,
+    blocks_per_sequence,
+    first_block_bytes,
+    fixed_bytes_per_sequence,
+    group_block_bytes,
+    growth_bytes_per_token,
+    layer_token_bytes,
+    logical_bytes,
+    split_budget,
+)
 
 __all__ = [
     "CODEC_STORAGE",
+    "ENGINES",
     "CodecStorage",
+    "KVFormat",
     "KVGroup",
     "LayerKind",
     "LayerSpec",
     "ModelSpec",
     "PackedLayout",
+    "Paging",
+    "allocator_bytes",
     "blocks_per_sequence",
     "codec_storage",
     "first_block_bytes",
+    "fixed_bytes_per_sequence",
     "group_block_bytes",
+    "growth_bytes_per_token",
+    "kv_format",
+    "layer_token_bytes",
+    "logical_bytes",
     "split_budget",
+    "text_config",
 ]

@@ -64,6 +64,15 @@ def _upper_window(config: Fields, count: int) -> Roles:
     return tuple(LayerKind.SLIDING if i >= first else _ATTENTION for i in range(count))
 
 
+def _full_or_listed(config: Fields, count: int) -> Roles:
+    """Families whose window rule differs from version to version: full unless the config switches it on."""
+    if config.flag("use_sliding_window"):
+        raise UnsupportedModelError(
+            "config field 'use_sliding_window' is true and 'layer_types' is missing: which layers slide?"
+        )
+    return (_ATTENTION,) * count
+
+
 def _every(period_field: str, other: _Role) -> PatternRule:
     """Every P-th layer is full attention, the others are `other`."""
 
@@ -141,7 +150,7 @@ def _resolve(role: _Role, family: Family, index: int, model_type: str) -> LayerK
     if role == _RECURRENT:
         if family.recurrent is None:
             raise UnsupportedModelError(
-                f"layer {index} of {model_type!r} is recurrent, and no state of that family is known to kvtune"
+                f"layer {index} of {model_type!r} is recurrent: kvtune knows no state of that family"
             )
         return family.recurrent
     if role is LayerKind.MLA and family.attention is not LayerKind.MLA:
@@ -175,6 +184,7 @@ _PLAIN = Family()
 _WINDOWED = Family(pattern=_uniform_window)
 _QWEN = Family(pattern=_upper_window, defaults={"max_window_layers": 28})
 _QWEN3 = Family(pattern=_upper_window, defaults={"max_window_layers": 28, "head_dim": 128})
+_LISTED = Family(pattern=_full_or_listed)
 _QWEN3_DENSE_HEADS = Family(defaults={"head_dim": 128})
 _GDN_DEFAULTS: Final = {
     "full_attention_interval": 4, "head_dim": 256, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128,
@@ -232,8 +242,8 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType({
     "apertus": _PLAIN, "gpt_neox": _PLAIN, "seed_oss": Family(defaults={"head_dim": 128}),
     "mistral": _WINDOWED, "mixtral": _WINDOWED, "phi3": _WINDOWED, "starcoder2": _WINDOWED,
     "ministral": _WINDOWED, "ministral3": _WINDOWED,
-    "qwen2": _QWEN, "qwen2_moe": _QWEN, "smollm3": _QWEN, "qwen3": _QWEN3,
-    "qwen3_moe": _PLAIN,
+    "qwen2": _QWEN, "qwen3": _QWEN3,
+    "qwen2_moe": _LISTED, "qwen3_moe": _LISTED, "smollm3": _LISTED,
     "qwen3_vl_text": _QWEN3_DENSE_HEADS,
     "gpt2": Family(aliases=_GPT2_NAMES), "gptj": Family(aliases=_GPT2_NAMES),
     "gpt_bigcode": Family(aliases=_GPT2_NAMES, defaults={"multi_query": True}),
@@ -265,6 +275,8 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType({
     ),
     "nemotron_h": Family(
         pattern=_letters, recurrent=LayerKind.MAMBA2, layer_types_field="layers_block_type",
-        aliases={"head_dim": "attention_head_dim", "n_groups": "mamba_n_groups", "conv_kernel": "mamba_d_conv"},
+        aliases={
+            "head_dim": "attention_head_dim", "n_groups": "mamba_n_groups", "conv_kernel": "mamba_d_conv",
+        },
     ),
 })  # fmt: skip

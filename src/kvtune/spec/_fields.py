@@ -51,7 +51,7 @@ class Fields:
         return alias if alias is not None and field not in self._raw else field
 
     def get(self, field: str) -> Any:
-        """The raw value: under its own name, else under the family's, else the family's default, else None."""
+        """The raw value: under its own name, else the family's name, else the family's default, else None."""
         for key in (field, self._aliases.get(field)):
             if key is not None and key in self._raw:
                 return self._raw[key]
@@ -108,6 +108,7 @@ class Fields:
         entries = cast(Sequence[Any], value)
         if len(entries) > MAX_LAYERS:
             raise UnsupportedModelError(
-                f"config field {self.name(field)!r}: expected at most {MAX_LAYERS} layers, found {len(entries)}"
+                f"config field {self.name(field)!r}: expected at most {MAX_LAYERS} layers, "
+                f"found {len(entries)}"
             )
         return entries

@@ -33,21 +33,31 @@ class LayerKind(StrEnum):
 class CodecStorage:
     """Stored bits of one codec: `code_bits` per element plus `strip_values` fp16 per token per head.
 
-    `scale_group`: that many consecutive elements share one more 8-bit scale (NVFP4: 16); 0 means none.
+    `scale_group`: that many consecutive elements share one more scale of `scale_bytes` (NVFP4: 16 and 1);
+    0 means none. `rope_bits`: an MLA latent's RoPE part is kept at this width (DeepSeek's fp8_ds_mla: 16);
+    0 means like the rest.
     """
 
     name: str
     code_bits: int
     strip_values: int
     scale_group: int = 0
+    scale_bytes: int = 1
+    rope_bits: int = 0
 
     def bits_per_element(self, head_dim: int) -> float:
         return 8 * self.head_bytes(head_dim) / head_dim
 
     def head_bytes(self, head_dim: int) -> int:
         """Bytes one token of one head takes, scales included, block padding not."""
-        scales = -(-head_dim // self.scale_group) if self.scale_group else 0
+        scales = -(-head_dim // self.scale_group) * self.scale_bytes if self.scale_group else 0
         return -(-head_dim * self.code_bits // 8) + 2 * self.strip_values + scales
+
+    def latent_bytes(self, latent_dim: int, rope_dim: int) -> int:
+        """Bytes one token of an MLA layer takes: the compressed latent and the shared RoPE key."""
+        if not self.rope_bits:
+            return self.head_bytes(latent_dim + rope_dim)
+        return self.head_bytes(latent_dim) + -(-rope_dim * self.rope_bits // 8)
 
 
 CODEC_STORAGE = {

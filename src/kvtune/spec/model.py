@@ -117,7 +117,7 @@ def text_config(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
         raw, outer_type = cast(Mapping[str, Any], inner), model_type
     else:
         raise UnsupportedModelError(
-            f"config nests text configs more than {_MAX_NESTING} deep: is it cyclic? Pass the decoder's config"
+            f"config nests text configs {_MAX_NESTING} deep: is it cyclic? Pass the decoder's own config"
         )
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UnsupportedModelError(

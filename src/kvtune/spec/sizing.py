@@ -1,18 +1,29 @@
-"""Bytes of blocks and budgets over KV groups, as the block pool allocates them."""
+"""Bytes of a model's KV cache: what the numbers need, and what our block pool allocates for them.
+
+Two numbers everywhere. *Logical* bytes are the stored elements with their scales. *Allocator* bytes add
+what paging costs: whole blocks, the slack of a sliding window, padding (`kvtune.spec.engines`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Self
 
 from kvtune.config import format_bytes
 from kvtune.errors import UsageError
-from kvtune.spec.layout import BLOCK_ALIGN, KVGroup, LayerKind, PackedLayout, codec_storage
+from kvtune.spec.layout import BLOCK_ALIGN, CodecStorage, KVGroup, LayerKind, PackedLayout, codec_storage
+from kvtune.spec.model import LayerSpec, ModelSpec
 
 __all__ = [
+    "KVFormat",
     "blocks_per_sequence",
     "first_block_bytes",
+    "fixed_bytes_per_sequence",
     "group_block_bytes",
-    "layer_block_bytes",
+    "growth_bytes_per_token",
+    "layer_token_bytes",
+    "logical_bytes",
     "split_budget",
 ]
 
@@ -20,11 +31,70 @@ CodecsOf = Callable[[int], tuple[str, str]]
 """Model layer index -> (K codec, V codec)."""
 
 
-def layer_block_bytes(group: KVGroup, codecs: tuple[str, str], block_size: int) -> int:
-    """Bytes one block of one layer of `group` takes: codes, scale strips and the pad to 64 bytes."""
-    if group.kind is LayerKind.MLA:
-        latent = block_size * codec_storage(codecs[0]).head_bytes(group.k_head_dim)
-        return -(-latent // BLOCK_ALIGN) * BLOCK_ALIGN
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVFormat:
+    """How K and V are stored, for all layers and, in `overrides`, for single layers (model layer index)."""
+
+    k: CodecStorage
+    v: CodecStorage
+    overrides: Mapping[int, tuple[CodecStorage, CodecStorage]] = field(
+        default_factory=dict[int, tuple[CodecStorage, CodecStorage]]
+    )
+
+    @classmethod
+    def of(cls, k_codec: str, v_codec: str | None = None) -> Self:
+        """From codec names of our engine; V like K unless given. UsageError for unknown names."""
+        return cls(k=codec_storage(k_codec), v=codec_storage(v_codec or k_codec))
+
+    def codecs(self, layer: int) -> tuple[CodecStorage, CodecStorage]:
+        """(K, V) storage of one model layer."""
+        return self.overrides.get(layer, (self.k, self.v))
+
+    def names(self, layer: int) -> tuple[str, str]:
+        """(K, V) codec names of one model layer."""
+        k, v = self.codecs(layer)
+        return k.name, v.name
+
+
+def layer_token_bytes(layer: LayerSpec, kv: KVFormat, *, tp: int = 1) -> int:
+    """Bytes one rank of `tp` stores per token in one layer (0 for layers without paged KV).
+
+    Heads are split over ranks and replicated beyond one head each; MLA's latent is replicated on all.
+    """
+    k, v = kv.codecs(layer.index)
+    if layer.kind is LayerKind.MLA:
+        return k.latent_bytes(layer.latent_dim, layer.rope_dim) + layer.index_bytes
+    heads = -(-layer.num_kv_heads // tp)
+    return heads * (k.head_bytes(layer.k_head_dim) + v.head_bytes(layer.v_head_dim)) if heads else 0
+
+
+def growth_bytes_per_token(spec: ModelSpec, kv: KVFormat) -> int:
+    """Logical bytes each further token adds once all windows are full."""
+    return sum(layer_token_bytes(layer, kv) for layer in spec.layers if layer.window is None)
+
+
+def fixed_bytes_per_sequence(spec: ModelSpec, kv: KVFormat) -> int:
+    """Logical bytes of a long sequence that do not grow with it: full windows and recurrent state."""
+    windows = sum((layer.window or 0) * layer_token_bytes(layer, kv) for layer in spec.layers)
+    return windows + sum(layer.state_bytes for layer in spec.layers)
+
+
+def logical_bytes(spec: ModelSpec, num_tokens: int, kv: KVFormat) -> int:
+    """Bytes of elements, scales and recurrent state of one sequence of `num_tokens` tokens."""
+    total = sum(layer.state_bytes for layer in spec.layers)
+    for layer in spec.layers:
+        kept = num_tokens if layer.window is None else min(num_tokens, layer.window)
+        total += kept * layer_token_bytes(layer, kv)
+    return total
+
+
+def _aligned(size: int) -> int:
+    return -(-size // BLOCK_ALIGN) * BLOCK_ALIGN
+
+
+def _layer_block_bytes(group: KVGroup, codecs: tuple[str, str], block_size: int) -> int:
+    if group.kind is LayerKind.MLA:  # no packed layout yet: plan only
+        return _aligned(block_size * codec_storage(codecs[0]).head_bytes(group.k_head_dim))
     return PackedLayout(
         block_size=block_size,
         num_kv_heads=group.num_kv_heads,
@@ -41,7 +111,7 @@ def group_block_bytes(group: KVGroup, codecs_of: CodecsOf, block_size: int) -> i
     `codecs_of(layer)` gives the (K, V) codec names of a model layer. UsageError for unknown codecs and for
     shapes the packed layout cannot hold.
     """
-    return sum(layer_block_bytes(group, codecs_of(layer), block_size) for layer in group.layers)
+    return sum(_layer_block_bytes(group, codecs_of(layer), block_size) for layer in group.layers)
 
 
 def first_block_bytes(group: KVGroup, block_size: int, codec: str = "bf16") -> int:
@@ -53,7 +123,7 @@ def blocks_per_sequence(group: KVGroup, num_tokens: int, *, chunk: int, block_si
     """Blocks of `group` that one sequence of `num_tokens` holds at its peak.
 
     A window needs what the first query of a step of `chunk` tokens still sees plus that step, and one more
-    block because neither end need lie on a block boundary (vLLM's admission bound for sliding layers).
+    block because the window need not start on a block boundary (vLLM's admission bound for sliding layers).
     """
     whole = -(-num_tokens // block_size)
     if group.window is None:
@@ -80,7 +150,7 @@ def split_budget(
     if kv_budget_bytes < least:
         raise UsageError(
             f"KV budget {format_bytes(kv_budget_bytes)} cannot hold one block of each KV group: "
-            f"{format_bytes(least)} needed for {len(groups)} group(s) of {block_size}-token blocks; raise --kv-budget"
+            f"{format_bytes(least)} needed for {len(groups)} group(s) at block size {block_size}"
         )
     needed = [blocks_per_sequence(g, max_model_len, chunk=chunk, block_size=block_size) for g in groups]
     per_sequence = sum(n * size for n, size in zip(needed, block_bytes, strict=True))
