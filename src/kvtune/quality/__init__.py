@@ -1,0 +1,37 @@
+"""Divergence from the baseline's answers, its statistics, and the gate's verdict. numpy only.
+
+A verdict rests on paired replays of the user's own requests, cluster-bootstrap bounds over sessions
+and an A/A floor; see `verdict` for the order of decisions and `margins` for the limits.
+"""
+
+from kvtune.quality.bootstrap import Estimate, bootstrap_mean, bootstrap_ratio
+from kvtune.quality.divergence import divergence, is_bit_equal, kl_divergence
+from kvtune.quality.margins import MARGINS, Margin, margin_named
+from kvtune.quality.replay import Reference, ReplaySettings, record_reference, replay, replay_decode
+from kvtune.quality.speed import HIGHER_IS_BETTER, Slo, SpeedRatios, compare_speed, summarise
+from kvtune.quality.verdict import QualityVerdict, Verdict, judge
+
+__all__ = [
+    "HIGHER_IS_BETTER",
+    "MARGINS",
+    "Estimate",
+    "Margin",
+    "QualityVerdict",
+    "Reference",
+    "ReplaySettings",
+    "Slo",
+    "SpeedRatios",
+    "Verdict",
+    "bootstrap_mean",
+    "bootstrap_ratio",
+    "compare_speed",
+    "divergence",
+    "is_bit_equal",
+    "judge",
+    "kl_divergence",
+    "margin_named",
+    "record_reference",
+    "replay",
+    "replay_decode",
+    "summarise",
+]

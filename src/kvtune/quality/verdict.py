@@ -1,0 +1,281 @@
+"""The gate: is this configuration harmless on these requests, harmful, or not yet known?
+
+    not finite ------------------------------> FAIL
+    lossy knob, every bit equal -------------> INERT      (the knob did nothing, or was never read)
+    every bit equal -------------------------> PASS       (lossless)
+    lower bound of any metric > margin ------> FAIL
+    A/A floor of any metric > margin / 3 ----> UNDECIDED  (the ruler is too coarse)
+    too few sessions ------------------------> UNDECIDED
+    every upper bound <= margin -------------> PASS
+    otherwise -------------------------------> UNDECIDED  (says how many more requests)
+
+All bounds are one-sided 95 % on the *excess* over the A/A floor, taken request by request.
+Each metric is tested at its margin; passing needs all of them, so no correction is due (intersection-union).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+
+from kvtune.quality.bootstrap import Estimate, bootstrap_mean
+from kvtune.quality.divergence import TokenDivergence, divergence, is_bit_equal
+from kvtune.quality.margins import Margin
+from kvtune.quality.replay import Reference
+from kvtune.target import Scores
+
+__all__ = ["METRICS", "MetricVerdict", "QualityVerdict", "Verdict", "judge"]
+
+METRICS = ("kl", "flips", "delta_nll")
+MIN_CLUSTERS = 8
+"""Below this a bootstrap over sessions is guesswork."""
+FLOOR_SHARE = 1 / 3
+MAX_MORE_REQUESTS = 100_000
+
+
+class Verdict(StrEnum):
+    PASS = "PASS"
+    FAIL = "FAIL"
+    UNDECIDED = "UNDECIDED"
+    INERT = "INERT"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricVerdict:
+    """One metric against its margin. `raw`: before the floor was subtracted; `excess`: after, with bounds.
+
+    `more_requests`: how many more would settle it at the spread seen; None where no number would.
+    """
+
+    name: str
+    margin: float
+    raw: float
+    floor: float
+    excess: Estimate
+    verdict: Verdict
+    more_requests: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "margin": self.margin, "raw": _finite(self.raw), "floor": _finite(self.floor),
+            "excess": self.excess.to_dict(), "verdict": self.verdict.value,
+            "more_requests": self.more_requests,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QualityVerdict:
+    """What the gate says and on what it rests. `is_proven`: a reader may call the answers unharmed."""
+
+    verdict: Verdict
+    reason: str
+    margin: Margin
+    metrics: tuple[MetricVerdict, ...] = ()
+    num_requests: int
+    num_clusters: int
+    num_tokens: int
+    num_ids: int = 0
+    is_exact_kl: bool = False
+    is_bit_equal: bool = False
+    is_lossless: bool = False
+    is_synthetic_text: bool = False
+    num_decode: int = 0
+    worst_request: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    strata: Sequence[Mapping[str, Any]] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_proven(self) -> bool:
+        return self.verdict is Verdict.PASS and (self.is_lossless or not self.is_synthetic_text)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "verdict": self.verdict.value, "reason": self.reason, "proven": self.is_proven,
+            "lossless": self.is_lossless, "bit_equal": self.is_bit_equal,
+            "margin": self.margin.to_dict(),
+            "metrics": {m.name: m.to_dict() for m in self.metrics},
+            "num_requests": self.num_requests, "num_clusters": self.num_clusters,
+            "num_tokens": self.num_tokens, "num_decode_requests": self.num_decode,
+            "kl_ids": self.num_ids, "kl_exact": self.is_exact_kl,
+            "synthetic_text": self.is_synthetic_text,
+            "worst_request": dict(self.worst_request), "strata": [dict(s) for s in self.strata],
+            "notes": list(self.notes),
+        }  # fmt: skip
+
+
+def judge(
+    reference: Reference, scores: Sequence[Scores], *, margin: Margin, is_lossy: bool,
+    rng: np.random.Generator, decode_scores: Sequence[Scores] | None = None,
+) -> QualityVerdict:  # fmt: skip
+    """Weigh a candidate's replay (and, where taken, its decode replay) against the reference.
+
+    `is_lossy`: the candidate differs from the baseline in a knob that changes what reads return.
+    """
+    base = _facts(reference, margin)
+    pairs = list(zip(reference.scores, scores, strict=True))
+    decoded = [reference.scores[i] for i in reference.decode_items] if decode_scores else []
+    is_equal = all(is_bit_equal(a, b) for a, b in pairs)
+    if is_equal and (is_lossy or _same_decode(reference, decode_scores)):
+        return _judge_bit_equal(base, pairs, is_lossy)
+    candidate = [divergence(a, b) for a, b in pairs]
+    floor = [divergence(a, b) for a, b in zip(reference.scores, reference.aa_scores, strict=True)]
+    base |= {"num_ids": min(d.num_ids for d in candidate), "is_exact_kl": all(d.is_exact for d in candidate)}
+    base["worst_request"], base["strata"] = _worst(reference, candidate), _by_stratum(reference, candidate)
+    base["notes"] = (*base["notes"], *_notes(reference, candidate))
+    decode_pair = (
+        [divergence(a, b) for a, b in zip(decoded, decode_scores or (), strict=True)],
+        [divergence(a, b) for a, b in zip(decoded, reference.decode_scores if decoded else (), strict=True)],
+    )
+    broken = [d.item_id for d in (*candidate, *decode_pair[0], *floor, *decode_pair[1]) if not d.is_finite]
+    if broken:
+        reason = f"log-probabilities of request {broken[0]!r} are not finite ({len(broken)} in all)"
+        return QualityVerdict(verdict=Verdict.FAIL, reason=reason, **base)
+    metrics = [_weigh(m, (candidate, floor), reference.clusters, margin=margin, rng=rng) for m in METRICS]
+    if decoded:
+        base["num_decode"] = len(decoded)
+        clusters = [reference.clusters[i] for i in reference.decode_items]
+        metrics += [_weigh(f"decode_{m}", decode_pair, clusters, margin=margin, rng=rng) for m in METRICS]
+    verdict, reason = _combine(metrics, base["num_clusters"])
+    return QualityVerdict(verdict=verdict, reason=reason, metrics=tuple(metrics), **base)
+
+
+def _same_decode(reference: Reference, decode_scores: Sequence[Scores] | None) -> bool:
+    if not decode_scores:
+        return True
+    return all(is_bit_equal(a, b) for a, b in zip(reference.decode_scores, decode_scores, strict=True))
+
+
+def _facts(reference: Reference, margin: Margin) -> dict[str, Any]:
+    notes = ("generic: text is synthetic",) if reference.is_synthetic_text else ()
+    return {
+        "margin": margin, "num_requests": len(reference.items), "num_clusters": len(set(reference.clusters)),
+        "num_tokens": sum(len(s.argmax) for s in reference.scores), "notes": notes,
+        "is_synthetic_text": reference.is_synthetic_text,
+    }  # fmt: skip
+
+
+def _notes(reference: Reference, candidate: Sequence[TokenDivergence]) -> list[str]:
+    notes: list[str] = []
+    if reference.is_synthetic_text:
+        notes.append("not proven: a lossy configuration needs real text")
+    if not all(d.is_exact for d in candidate):
+        k = min(d.num_ids for d in candidate)
+        notes.append(f"KL over the {k} ids known to both sides, rest lumped: a lower bound of the true KL")
+    return notes
+
+
+def _judge_bit_equal(
+    base: dict[str, Any], pairs: Sequence[tuple[Scores, Scores]], is_lossy: bool
+) -> QualityVerdict:
+    base |= {"is_bit_equal": True, "num_ids": min(a.ids.shape[1] for a, _ in pairs)}
+    base["is_exact_kl"] = all(a.is_full for a, _ in pairs)
+    if not all(np.isfinite(a.token_logprobs).all() for a, _ in pairs):
+        return QualityVerdict(verdict=Verdict.FAIL, reason="log-probabilities are not finite", **base)
+    if is_lossy:
+        reason = "every bit equals the baseline's: the setting had no effect, or scoring never read the cache"
+        return QualityVerdict(verdict=Verdict.INERT, reason=reason, **base)
+    reason = "lossless: every bit equals the baseline's"
+    return QualityVerdict(verdict=Verdict.PASS, reason=reason, is_lossless=True, **base)
+
+
+_Pair = tuple[Sequence[TokenDivergence], Sequence[TokenDivergence]]
+
+
+def _item_means(divergences: Sequence[TokenDivergence], metric: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return np.array([float(getattr(d, metric).mean()) for d in divergences])
+
+
+def _weigh(
+    name: str, pair: _Pair, clusters: Sequence[str], *, margin: Margin, rng: np.random.Generator
+) -> MetricVerdict:
+    """One metric of (candidate, floor); `name` is the metric's, with `decode_` before it for that replay."""
+    metric = name.removeprefix("decode_")
+    limit = margin.limits()[metric]
+    raw, noise = _item_means(pair[0], metric), _item_means(pair[1], metric)
+    excess = bootstrap_mean(raw - noise, clusters, rng=rng)
+    floor_level = abs(float(noise.mean()))  # delta-NLL noise has a sign; its size is what blinds the ruler
+    verdict = Verdict.UNDECIDED
+    if excess.low > limit:
+        verdict = Verdict.FAIL
+    elif floor_level <= limit * FLOOR_SHARE and excess.high <= limit:
+        verdict = Verdict.PASS
+    return MetricVerdict(
+        name=name, margin=limit, raw=float(raw.mean()), floor=floor_level, excess=excess, verdict=verdict,
+        more_requests=_more_requests(excess, limit) if floor_level <= limit * FLOOR_SHARE else None,
+    )  # fmt: skip
+
+
+def _more_requests(excess: Estimate, limit: float) -> int | None:
+    """Requests to add until the bound that matters clears the margin: its distance shrinks as 1/sqrt(n)."""
+    gap = limit - excess.value
+    reach = excess.high - excess.value if gap > 0 else excess.value - excess.low
+    if gap == 0 or not math.isfinite(reach):
+        return None
+    more = math.ceil(excess.n * ((reach / gap) ** 2 - 1))
+    return max(more, 1) if more <= MAX_MORE_REQUESTS else None
+
+
+def _combine(metrics: Sequence[MetricVerdict], num_clusters: int) -> tuple[Verdict, str]:
+    failed = [m for m in metrics if m.verdict is Verdict.FAIL]
+    if failed and num_clusters >= MIN_CLUSTERS:
+        worst = max(failed, key=lambda m: m.excess.low / m.margin)
+        low = f"{worst.excess.low:.4g}"
+        return Verdict.FAIL, f"{worst.name} is at least {low} with 95 % confidence, margin {worst.margin:g}"
+    blind = [m for m in metrics if m.floor > m.margin * FLOOR_SHARE]
+    if blind:
+        m = max(blind, key=lambda m: m.floor / m.margin)
+        return Verdict.UNDECIDED, (
+            f"A/A noise of {m.name} is {m.floor:.4g}, above a third of the margin {m.margin:g}: "
+            "replay in float32 or choose a wider margin"
+        )
+    if num_clusters < MIN_CLUSTERS:
+        return Verdict.UNDECIDED, (
+            f"{num_clusters} sessions; at least {MIN_CLUSTERS - num_clusters} more are needed for an interval"
+        )
+    open_ = [m for m in metrics if m.verdict is Verdict.UNDECIDED]
+    if open_:
+        m = max(open_, key=lambda m: m.excess.high / m.margin)
+        more = (
+            "no practical number of" if m.more_requests is None else f"about {max(1, m.more_requests)} more"
+        )
+        return Verdict.UNDECIDED, (
+            f"{m.name} is {m.excess.value:.4g} with bounds [{m.excess.low:.4g}, {m.excess.high:.4g}] around "
+            f"the margin {m.margin:g}; {more} requests would settle it"
+        )
+    m = max(metrics, key=lambda m: m.excess.high / m.margin)
+    return Verdict.PASS, f"closest is {m.name}: at most {m.excess.high:.4g}, margin {m.margin:g}"
+
+
+def _worst(reference: Reference, candidate: Sequence[TokenDivergence]) -> dict[str, Any]:
+    kl = _item_means(candidate, "kl")
+    worst = int(np.argmax(np.where(np.isnan(kl), np.inf, kl)))
+    return {
+        "request_id": candidate[worst].item_id, "kl": _finite(float(kl[worst])),
+        "flips": float(candidate[worst].flips.mean()),
+        "delta_nll": _finite(float(candidate[worst].delta_nll.mean())),
+        "p999_token_kl": _finite(float(np.quantile(np.concatenate([d.kl for d in candidate]), 0.999))),
+        **dict(reference.strata[worst]),
+    }  # fmt: skip
+
+
+def _by_stratum(reference: Reference, candidate: Sequence[TokenDivergence]) -> list[dict[str, Any]]:
+    """Raw means of each stratum, so that a reader sees which traffic the verdict covers."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for i, strata in enumerate(reference.strata):
+        for pair in strata.items():
+            groups.setdefault(pair, []).append(i)
+    means = {m: _item_means(candidate, m) for m in METRICS}
+    return [
+        {"stratum": name, "value": value, "num_requests": len(rows),
+         **{m: _finite(float(means[m][rows].mean())) for m in METRICS}}
+        for (name, value), rows in sorted(groups.items())
+    ]  # fmt: skip
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
