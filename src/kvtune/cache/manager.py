@@ -329,6 +329,10 @@ class KVCacheManager:
 
     # --- telling
 
+    def request_ids(self) -> tuple[RequestId, ...]:
+        """The requests that hold blocks, in order of admission."""
+        return tuple(self._holdings)
+
     def block_tables(self, request_id: RequestId) -> tuple[BlockTable, ...]:
         """One int32 array per group: block index -> block id, -1 where the window has passed."""
         return tuple(np.array(table, dtype=np.int32) for table in self._holding(request_id).tables)
