@@ -15,7 +15,6 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, cast
 
 from kvtune.errors import MissingExtraError, TargetError, UsageError
@@ -28,7 +27,7 @@ IDLE_TIMEOUT_S = 600.0
 """Longest silence within one request. Queueing counts as silence, so it is generous."""
 
 
-def _httpx() -> ModuleType:
+def _httpx() -> Any:
     try:
         return importlib.import_module("httpx2")
     except ImportError:
@@ -178,6 +177,7 @@ class CompletionsClient:
         self._clock = clock
         self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._httpx = _httpx()
+        self.transport_errors: tuple[type[Exception], ...] = (self._httpx.HTTPError, OSError)
         self._timeout = self._httpx.Timeout(idle_timeout_s, connect=CONNECT_TIMEOUT_S)
 
     def _client(self) -> Any:
@@ -209,16 +209,14 @@ class CompletionsClient:
         return asyncio.run(call())
 
     async def _exchange(self, client: Any, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
+        reply: Any = None
         try:
             reply = await client.request(method, path, json=body)
-        except _StreamError as problem:
-            error = str(problem)
-        except (self._httpx.HTTPError, OSError) as error:
+        except self.transport_errors as error:
             raise TargetError(f"{method} {self.base_url}{path} failed: {_describe(error)}") from error
         content = _json_or_text(reply)
         if reply.status_code >= 400:
-            message = f"{method} {path} answered {reply.status_code}: {error_text(content)}"
-            raise TargetError(message)
+            raise TargetError(f"{method} {path} answered {reply.status_code}: {error_text(content)}")
         return content
 
     def post_all(
@@ -293,7 +291,7 @@ class _LoadRun:
         on_done: Callable[[int], None] | None,
     ) -> None:
         self._clock = owner._clock
-        self._httpx = owner._httpx
+        self._request_errors = (*owner.transport_errors, ValueError, TypeError, AttributeError)
         self._began = self._clock()
         self._deadline_s = deadline_s
         self._on_done = on_done
@@ -318,7 +316,7 @@ class _LoadRun:
             error = f"not finished at the deadline of {self._deadline_s:g} s"
         except _StreamError as problem:
             error = str(problem)
-        except (self._httpx.HTTPError, OSError, ValueError, TypeError, AttributeError) as problem:
+        except self._request_errors as problem:
             error = _describe(problem)
         self._num_done += 1
         if self._on_done is not None:
