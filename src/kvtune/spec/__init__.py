@@ -8,7 +8,15 @@ Notation: n tokens in the sequence, B tokens per block, W window, h KV heads, d 
 from __future__ import annotations
 
 from kvtune.spec.engines import ENGINES, Paging, allocator_bytes, kv_format
-from kvtune.spec.layout import CODEC_STORAGE, CodecStorage, KVGroup, LayerKind, PackedLayout, codec_storage
+from kvtune.spec.layout import (
+    BLOCK_ALIGN,
+    CODEC_STORAGE,
+    CodecStorage,
+    KVGroup,
+    LayerKind,
+    PackedLayout,
+    codec_storage,
+)
 from kvtune.spec.model import LayerSpec, ModelSpec, text_config
 from kvtune.spec.sizing import (
     KVFormat,
@@ -23,6 +31,7 @@ from kvtune.spec.sizing import (
 )
 
 __all__ = [
+    "BLOCK_ALIGN",
     "CODEC_STORAGE",
     "ENGINES",
     "CodecStorage",
