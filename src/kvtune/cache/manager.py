@@ -117,9 +117,9 @@ class KVCacheManager:
             awaited = block_hash
         return leader, awaited
 
-    def is_in_flight(self, block_hash: BlockHash) -> bool:
-        """Whether some request is computing this block for the first time."""
-        return block_hash in self._in_flight
+    def leader_of(self, block_hash: BlockHash) -> RequestId | None:
+        """The request that is computing this block for the first time, None when nobody is."""
+        return self._in_flight.get(block_hash)
 
     def fits(self, num_tokens: int) -> bool:
         """Whether a sequence this long could ever be held by an empty cache."""
@@ -158,8 +158,9 @@ class KVCacheManager:
 
     def _no_match(self, token_ids: Tokens | None, cache_salt: str) -> PrefixMatch:
         root = root_hash(self._fingerprint, cache_salt)
-        is_hashed = token_ids is not None and self.enable_prefix_caching
-        hashes = self._hash(root, token_ids) if is_hashed else ()
+        hashes: tuple[BlockHash, ...] = ()
+        if token_ids is not None and self.enable_prefix_caching:
+            hashes = self._hash(root, token_ids)
         return PrefixMatch(num_tokens=0, blocks=self._no_blocks, misses={}, root=root, block_hashes=hashes)
 
     def _admit(

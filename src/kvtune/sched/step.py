@@ -1,0 +1,58 @@
+"""A step while it is being decided."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kvtune.cache import KVCacheManager
+from kvtune.sched.sequence import Sequence
+from kvtune.types import Admission, BlockCopy, RequestId, ScheduledChunk, SchedulerOutput
+
+__all__ = ["StepPlan"]
+
+_Chunks = dict[RequestId, tuple[Sequence, int]]
+_Copies = dict[RequestId, tuple[BlockCopy, ...]]
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """Sequences with the tokens each runs, and the records the step leaves."""
+
+    budget: int
+    chunks: _Chunks = field(default_factory=_Chunks)
+    copies: _Copies = field(default_factory=_Copies)
+    admitted: list[Admission] = field(default_factory=list[Admission])
+    preempted: list[RequestId] = field(default_factory=list[RequestId])
+
+    def add(self, sequence: Sequence, num_tokens: int, copies: tuple[BlockCopy, ...]) -> None:
+        self.chunks[sequence.request_id] = (sequence, num_tokens)
+        self.budget -= num_tokens
+        if copies:
+            self.copies[sequence.request_id] = copies
+
+    def drop(self, sequence: Sequence) -> None:
+        """Take a sequence out again: it was preempted after it had been scheduled."""
+        _, num_tokens = self.chunks.pop(sequence.request_id, (sequence, 0))
+        self.copies.pop(sequence.request_id, None)
+        self.budget += num_tokens
+
+    def output(self, step: int, manager: KVCacheManager) -> SchedulerOutput:
+        """The decision as the record the runner gets."""
+        return SchedulerOutput(
+            step=step,
+            chunks=tuple(_chunk(s, num_tokens, manager) for s, num_tokens in self.chunks.values()),
+            copies=tuple(copy for copies in self.copies.values() for copy in copies),
+            admitted=tuple(self.admitted),
+            preempted=tuple(self.preempted),
+        )
+
+
+def _chunk(sequence: Sequence, num_tokens: int, manager: KVCacheManager) -> ScheduledChunk:
+    start, end = sequence.num_computed_tokens, sequence.num_computed_tokens + num_tokens
+    return ScheduledChunk(
+        request_id=sequence.request_id,
+        token_ids=sequence.token_ids[start:end].copy(),
+        start=start,
+        block_tables=manager.block_tables(sequence.request_id),
+        samples=end == sequence.num_tokens,
+    )
