@@ -182,6 +182,15 @@ def test_bit_equality_sees_the_last_bit() -> None:
     assert not is_bit_equal(one, two)
 
 
+def test_a_candidate_asked_at_all_ids_is_exact_although_the_engine_does_not_say_so() -> None:
+    rng = np.random.default_rng(0)
+    a = rng.normal(0, 2, (4, VOCABULARY))
+    everything = np.broadcast_to(np.arange(VOCABULARY, dtype=np.int32), a.shape)
+    tokens = a.argmax(axis=1)
+    _, _, exact = kl_divergence(scores_of(a, tokens), scores_of(a + 0.1, tokens, ids=everything))
+    assert exact
+
+
 # bootstrap
 
 
@@ -325,10 +334,18 @@ def test_wider_margins_admit_more_and_unknown_names_are_refused() -> None:
 
 def test_decode_replay_spreads_over_lengths_and_takes_long_prompts_last() -> None:
     items = [ScoreItem(item_id=str(n), prompt_token_ids=(0,) * n, continuation=(0,)) for n in range(1, 101)]
-    chosen = decode_subset(items, count=16, max_length=60)
+    chosen = decode_subset(items, count=16, max_length=60, max_tokens=10_000)
     lengths = [len(items[i].prompt_token_ids) for i in chosen]
     assert len(chosen) == 16 and min(lengths) == 1 and max(lengths) == 59
-    assert len(decode_subset(items, count=80, max_length=10)) == 80
+    assert len(decode_subset(items, count=80, max_length=10, max_tokens=10_000)) == 80
+
+
+@pytest.mark.parametrize("budget", [0, 2, 40, 200, 500])
+def test_decode_replay_keeps_its_step_budget(budget: int) -> None:
+    items = [ScoreItem(item_id=str(n), prompt_token_ids=(0,) * n, continuation=(0,)) for n in range(1, 101)]
+    chosen = decode_subset(items, count=16, max_length=60, max_tokens=budget)
+    assert sum(len(items[i].prompt_token_ids) + 1 for i in chosen) <= budget
+    assert len(set(chosen)) == len(chosen) and (len(chosen) == 16 if budget >= 200 else len(chosen) < 16)
 
 
 def test_kept_ids_shrink_as_the_reference_grows() -> None:
@@ -358,11 +375,11 @@ def test_paired_ratios_find_the_planted_slowdown() -> None:
     ratios = compare_speed(
         [report(1.2, seed=1)], [report(1.0, seed=2)], slo=Slo(), rng=np.random.default_rng(0)
     )
-    for name in ("tpot_mean", "ttft_p95"):
+    for name in ("tpot_s.mean", "ttft_s.p95"):
         estimate = ratios.ratios[name]
         assert 1.0 < estimate.low < 1.2 < estimate.high
     assert ratios.ratios["goodput"].value == pytest.approx(1 / 1.2)
-    assert ratios.exceeds(1.1, bound="low") == "tpot_mean"
+    assert ratios.exceeds(1.1, bound="low") == "tpot_s.mean"
     assert ratios.exceeds(1.3, bound="high") is None
 
 
@@ -370,7 +387,7 @@ def test_a_run_against_itself_again_covers_one() -> None:
     ratios = compare_speed(
         [report(1.0, seed=1)], [report(1.0, seed=2)], slo=Slo(), rng=np.random.default_rng(0)
     )
-    assert ratios.ratios["tpot_mean"].low < 1 < ratios.ratios["tpot_mean"].high
+    assert ratios.ratios["tpot_s.mean"].low < 1 < ratios.ratios["tpot_s.mean"].high
     assert ratios.exceeds(1.1, bound="high") is None
 
 
@@ -378,7 +395,7 @@ def test_failed_requests_lower_goodput_and_are_left_out_of_latencies() -> None:
     ratios = compare_speed(
         [report(1.0, seed=1, errors=10)], [report(1.0, seed=2)], slo=Slo(), rng=np.random.default_rng(0)
     )
-    assert ratios.ratios["tpot_mean"].n == 30
+    assert ratios.ratios["tpot_s.mean"].n == 30
     assert ratios.ratios["goodput"].value == pytest.approx(0.75)
 
 

@@ -72,7 +72,7 @@ def kl_divergence(reference: Scores, candidate: Scores) -> tuple[Floats, int, bo
     """KL(reference || candidate) per token [T] in nats, fewest ids compared, and whether it is exact."""
     log_p, log_q, present = _aligned(reference, candidate)
     num_ids = int(present.sum(axis=1).min()) if len(present) else 0
-    if reference.is_full and candidate.is_full:
+    if reference.is_full and bool(present.all()):
         return _sum_kl(_normalised(log_p), _normalised(log_q)), num_ids, True
     log_p, log_q = _with_tail(log_p, present), _with_tail(log_q, present)
     return _sum_kl(log_p, log_q), num_ids, False

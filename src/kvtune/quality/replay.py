@@ -41,6 +41,8 @@ class ReplaySettings:
     max_tokens: int = 64
     num_decode: int = 16
     decode_max_length: int = 1024
+    decode_budget_tokens: int = 8192
+    """Steps the decode replay may take in all, prompts included; fewer requests are replayed beyond it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +61,11 @@ class Reference:
     decode_items: tuple[int, ...] = ()
     decode_scores: tuple[Scores, ...] = ()
     is_synthetic_text: bool = False
+
+    @property
+    def num_top(self) -> int:
+        """Token ids known per scored token; the vocabulary's size where scores are full."""
+        return self.scores[0].ids.shape[1]
 
 
 def record_reference(
@@ -83,34 +90,36 @@ def record_reference(
             for r, a in kept]  # fmt: skip
     num_top = affordable_top(sum(len(a) for _, a in kept))
     scores = _score(running, bare, num_top=num_top, chunk=settings.chunk)
-    items = tuple(replace(item, at_ids=score.ids) for item, score in zip(bare, scores, strict=True))
+    items = tuple(
+        item if score.is_full else replace(item, at_ids=score.ids)
+        for item, score in zip(bare, scores, strict=True)
+    )
     count = settings.num_decode if num_decode is None else num_decode
-    chosen = decode_subset(items, count=count, max_length=settings.decode_max_length)
+    chosen = decode_subset(
+        items, count=count, max_length=settings.decode_max_length, max_tokens=settings.decode_budget_tokens
+    )
     return Reference(
         items=items, scores=scores,
         aa_scores=_score(running, items, num_top=num_top, chunk=settings.aa_chunk),
         clusters=tuple(r.session_id or r.request_id for r, _ in kept),
         strata=tuple(_strata(r) for r, _ in kept),
         decode_items=chosen,
-        decode_scores=replay_decode(running, items, chosen),
+        decode_scores=replay_decode(running, items, chosen, num_top=scores[0].ids.shape[1]),
         is_synthetic_text=is_synthetic_text,
     )  # fmt: skip
 
 
 def replay(running: RunningTarget, reference: Reference, settings: ReplaySettings) -> tuple[Scores, ...]:
     """The candidate's scores of the reference's tokens, in item order."""
-    num_top = reference.scores[0].ids.shape[1]
-    return _score(running, reference.items, num_top=num_top, chunk=settings.chunk)
+    return _score(running, reference.items, num_top=reference.num_top, chunk=settings.chunk)
 
 
 def replay_decode(
-    running: RunningTarget, items: Sequence[ScoreItem], chosen: Sequence[int]
+    running: RunningTarget, items: Sequence[ScoreItem], chosen: Sequence[int], *, num_top: int
 ) -> tuple[Scores, ...]:
     """Scores of the chosen items, one token a step."""
     if not chosen:
         return ()
-    at_ids = items[chosen[0]].at_ids
-    num_top = MIN_TOP if at_ids is None else at_ids.shape[1]
     return _score(running, [items[i] for i in chosen], num_top=num_top, chunk=1)
 
 
@@ -128,18 +137,28 @@ def affordable_top(num_tokens: int) -> int:
     return int(np.clip(REFERENCE_BYTES // (8 * max(1, num_tokens)), MIN_TOP, MAX_TOP))
 
 
-def decode_subset(items: Sequence[ScoreItem], *, count: int, max_length: int) -> tuple[int, ...]:
+def decode_subset(
+    items: Sequence[ScoreItem], *, count: int, max_length: int, max_tokens: int
+) -> tuple[int, ...]:
     """Indices of up to `count` items spread evenly over lengths; those beyond `max_length` only if needed.
 
-    One-token steps cost prompt + continuation steps, so long prompts are taken last, shortest first.
+    One-token steps cost prompt + continuation steps each: where the spread would take more than
+    `max_tokens` steps, shorter items are taken, and fewer where even the shortest do not fit.
     """
     order = sorted(range(len(items)), key=lambda i: _length(items[i]))
     short = [i for i in order if _length(items[i]) <= max_length]
     pool = short if len(short) >= count else order[:count]
-    if count <= 0 or not pool:
-        return ()
-    picks = np.unique(np.linspace(0, len(pool) - 1, min(count, len(pool))).round().astype(int))
-    return tuple(pool[i] for i in picks)
+    count = min(count, len(pool))
+    while count > 0:
+        chosen = [pool[i] for i in np.linspace(0, len(pool) - 1, count).round().astype(int)]
+        if sum(_length(items[i]) for i in chosen) <= max_tokens:
+            return tuple(chosen)
+        if len(pool) > count:
+            pool = pool[: max(count, len(pool) * 3 // 4)]
+        else:
+            count -= 1
+            pool = pool[:count]
+    return ()
 
 
 def _length(item: ScoreItem) -> int:

@@ -23,7 +23,7 @@ __all__ = ["HIGHER_IS_BETTER", "SPEED_METRICS", "Slo", "SpeedRatios", "compare_s
 
 Floats = npt.NDArray[np.float64]
 
-SPEED_METRICS = ("tpot_mean", "ttft_p95", "goodput")
+SPEED_METRICS = ("tpot_s.mean", "ttft_s.p95", "goodput")
 HIGHER_IS_BETTER = frozenset({"goodput"})
 
 
@@ -50,7 +50,7 @@ class SpeedRatios:
 
     def exceeds(self, limit: float, *, bound: str) -> str | None:
         """Name of the first latency ratio whose `bound` (value | low | high) lies above `limit`."""
-        for name in ("tpot_mean", "ttft_p95"):
+        for name in ("tpot_s.mean", "ttft_s.p95"):
             if name in self.ratios and getattr(self.ratios[name], bound) > limit:
                 return name
         return None
@@ -73,7 +73,10 @@ def compare_speed(
     """Ratios over the requests both sides finished; runs of one side are averaged per request."""
     above, below = _by_request(candidate), _by_request(baseline)
     ratios: dict[str, Estimate] = {}
-    for name, member, statistic in (("tpot_mean", "tpot_s", _mean), ("ttft_p95", "ttft_s", _p95)):
+    for name, member, statistic in (
+        ("tpot_s.mean", "tpot_s", _mean),
+        ("ttft_s.p95", "ttft_s", _p95),
+    ):
         pairs = _paired(above, below, member)
         if len(pairs) and float(statistic(pairs[None, :, 1])[0]) > 0:
             ratios[name] = bootstrap_ratio(pairs[:, 0], pairs[:, 1], statistic, rng=rng)
