@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from kvtune.cache import GroupUsage
 from kvtune.config import CacheConfig
 from kvtune.errors import UsageError
 from kvtune.kernels import LayerCache
@@ -18,7 +20,14 @@ from kvtune.spec import (
     split_budget,
 )
 
-__all__ = ["FIRST_BLOCK_CODEC", "ArenaPlan", "allocate_arenas", "plan_arenas"]
+__all__ = [
+    "FIRST_BLOCK_CODEC",
+    "ArenaPlan",
+    "allocate_arenas",
+    "plan_arenas",
+    "resident_bytes_by_codec",
+    "walk_bytes",
+]
 
 FIRST_BLOCK_CODEC = "bf16"
 """How block 0 of each sequence is stored with `first_block_16bit`."""
@@ -47,6 +56,13 @@ class ArenaPlan:
         rows = zip(self.num_blocks, self.block_bytes, self.num_first_blocks, self.first_block_bytes,
                    strict=True)  # fmt: skip
         return sum(n * size + first * first_size for n, size, first, first_size in rows)
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Tokens the smallest group with full attention can hold (of all groups if none has)."""
+        blocks = [n + first for n, first in zip(self.num_blocks, self.num_first_blocks, strict=True)]
+        full = [n for group, n in zip(self.groups, blocks, strict=True) if group.window is None]
+        return min(full or blocks) * self.block_size
 
 
 def plan_arenas(
@@ -110,6 +126,24 @@ def walk_bytes(caches: Mapping[int, LayerCache], group: KVGroup, block_ids: Sequ
     return total
 
 
+def resident_bytes_by_codec(
+    caches: Mapping[int, LayerCache], plan: ArenaPlan, usage: Sequence[GroupUsage]
+) -> dict[str, int]:
+    """Bytes of referenced and idle blocks: "k:<codec>", "v:<codec>" with their scales, and "padding"."""
+    total: Counter[str] = Counter()
+    for group, used in zip(plan.groups, usage, strict=True):
+        for layer in group.layers:
+            cache = caches[layer]
+            counts = (used.body.total - used.body.free, used.first.total - used.first.free)
+            for (_, layout, _), count in zip(cache.parts(), counts, strict=False):
+                k = layout.k_codes_bytes + layout.k_strip_bytes
+                v = layout.v_codes_bytes + layout.v_strip_bytes
+                total[f"k:{layout.k_codec}"] += count * k
+                total[f"v:{layout.v_codec}"] += count * v
+                total["padding"] += count * (layout.block_bytes - k - v)
+    return dict(total)
+
+
 def _layout(group: KVGroup, k_codec: str, v_codec: str, block_size: int) -> PackedLayout:
     return PackedLayout(
         block_size=block_size, num_kv_heads=group.num_kv_heads, k_head_dim=group.k_head_dim,
@@ -124,4 +158,6 @@ def _check_codecs(spec: ModelSpec, cache: CacheConfig) -> None:
         for name in pair:
             codec_storage(name)
         if not 0 <= layer < len(spec.layers):
-            raise UsageError(f"layer_codecs names layer {layer}; the model has layers 0..{len(spec.layers) - 1}")
+            raise UsageError(
+                f"layer_codecs names layer {layer}; the model has layers 0..{len(spec.layers) - 1}"
+            )

@@ -55,7 +55,7 @@ def _attention_forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,  # noqa: ARG001 - the interface's signature
+    attention_mask: torch.Tensor | None,
     *,
     scaling: float | None = None,
     sliding_window: int | None = None,

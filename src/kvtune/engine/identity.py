@@ -1,16 +1,17 @@
-"""What makes two caches interchangeable: the fingerprint under which blocks are hashed."""
+"""What a configuration is: the fingerprint under which blocks are hashed, and its bytes per token."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 
-from kvtune.config import CacheConfig
+from kvtune.config import CacheConfig, SchedulerConfig
 from kvtune.engine.arenas import FIRST_BLOCK_CODEC
 from kvtune.engine.load import LoadedModel
 from kvtune.recipe import codec_constants_sha256
+from kvtune.spec import KVFormat, ModelSpec, Paging, allocator_bytes, codec_storage
 
-__all__ = ["READ_CONTRACT", "cache_fingerprint"]
+__all__ = ["READ_CONTRACT", "cache_fingerprint", "kv_bytes_per_token"]
 
 READ_CONTRACT = "T0"
 """Every token is encoded when it is written, every read decodes: a hit equals a miss."""
@@ -35,3 +36,17 @@ def cache_fingerprint(loaded: LoadedModel, cache: CacheConfig) -> bytes:
         "read_contract": READ_CONTRACT,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
+
+
+def kv_bytes_per_token(
+    spec: ModelSpec, cache: CacheConfig, scheduler: SchedulerConfig, *, context: int
+) -> float:
+    """Allocator bytes of one sequence of `context` tokens over `context`: blocks, scales, slack."""
+    overrides = {layer: (codec_storage(k), codec_storage(v)) for layer, (k, v) in cache.layer_codecs.items()}
+    kv = KVFormat(k=codec_storage(cache.k_codec), v=codec_storage(cache.v_codec), overrides=overrides)
+    paging = Paging(
+        block_size=cache.block_size,
+        chunk=scheduler.max_num_batched_tokens,
+        first_block_codec=FIRST_BLOCK_CODEC if cache.first_block_16bit else None,
+    )
+    return allocator_bytes(spec, context, kv, "kvtune", paging) / context

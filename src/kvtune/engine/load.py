@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from kvtune.engine.self_test import check_packed_equals_eager
 from kvtune.errors import InputFileError, UnsupportedModelError, UsageError
 from kvtune.spec import LayerKind, ModelSpec
 
-__all__ = ["SERVED_KINDS", "LoadedModel", "load_model"]
+__all__ = ["SERVED_KINDS", "LoadedModel", "load_model", "read_spec"]
 
 SERVED_KINDS = frozenset({LayerKind.FULL, LayerKind.SLIDING})
 """Layer kinds the engine can hold; everything else is refused by name."""
@@ -68,8 +68,7 @@ def load_model(source: str | Path | PreTrainedModel, config: EngineConfig | None
     config = config or EngineConfig()
     path = None if isinstance(source, PreTrainedModel) else Path(source)
     raw = cast(PreTrainedModel, source).config.to_dict() if path is None else _read_config(path)
-    spec = ModelSpec.from_config(raw)
-    _check_kinds(spec, raw)
+    spec = _served_spec(raw)
     register_attention()
     model = cast(PreTrainedModel, source) if path is None else _read_weights(path, config.dtype)
     model.eval()
@@ -109,13 +108,21 @@ def _read_config(path: Path) -> Mapping[str, Any]:
     return cast("dict[str, Any]", raw)
 
 
-def _check_kinds(spec: ModelSpec, raw: Mapping[str, Any]) -> None:
+def read_spec(path: Path) -> ModelSpec:
+    """The KV layout of a model folder, without its weights. UnsupportedModelError names a layer kind the
+    engine does not serve."""
+    return _served_spec(_read_config(path))
+
+
+def _served_spec(raw: Mapping[str, Any]) -> ModelSpec:
+    spec = ModelSpec.from_config(raw)
     for layer in spec.layers:
         if layer.kind not in SERVED_KINDS:
             raise UnsupportedModelError(
                 f"{raw.get('model_type')}: layer {layer.index} is {layer.kind}, the engine serves "
                 f"{' and '.join(sorted(SERVED_KINDS))} layers; use `kvtune plan` to size this model"
             )
+    return spec
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -143,7 +150,7 @@ def _read_weights(path: Path, dtype: str) -> PreTrainedModel:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def _quiet_transformers() -> Generator[None]:
     """Without Transformers' progress bars: ours says what happens."""
     had_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()

@@ -118,6 +118,11 @@ class ModelRunner:
             for layer in group.layers
         }
 
+    def close(self) -> None:
+        """Let go of the arenas; the runner cannot be used any more."""
+        self._caches.clear()
+        self._layers.clear()
+
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
         """Copy whole blocks, in every layer of each copy's group."""
         for group in self._groups:

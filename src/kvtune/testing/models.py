@@ -122,7 +122,7 @@ def write_model_folder(
     """Write config.json and model.safetensors of a random `tiny_config(family, **settings)` model."""
     config = tiny_config(family, **settings)
     generator = torch.Generator().manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     _widen(model, generator)
     model.generation_config.eos_token_id = config.eos_token_id
     model.to(dtype).save_pretrained(path)

@@ -1,0 +1,470 @@
+"""The engine: composition root of manager, scheduler, runner and sampler.
+
+One step: the scheduler decides, the runner performs, the sampler picks, the scheduler accepts. The
+engine adds what users see: text, stop strings, times, streaming, abort.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import PreTrainedModel
+
+from kvtune.cache import KVCacheManager
+from kvtune.config import CacheConfig, EngineConfig, SchedulerConfig
+from kvtune.engine.arenas import allocate_arenas, plan_arenas, resident_bytes_by_codec, walk_bytes
+from kvtune.engine.identity import READ_CONTRACT, cache_fingerprint, kv_bytes_per_token
+from kvtune.engine.inputs import check_items, check_token_ids
+from kvtune.engine.load import LoadedModel, load_model
+from kvtune.engine.request_state import RequestState
+from kvtune.engine.rope import rope_regime
+from kvtune.engine.runner import ModelRunner, last_rows
+from kvtune.engine.sampler import check_sampling, request_seed, sample
+from kvtune.engine.scoring import Scorer
+from kvtune.engine.telemetry import EngineStats, MemoryReport
+from kvtune.errors import UsageError
+from kvtune.kernels import Backend, LayerCache, choose_backend
+from kvtune.recipe import Recipe
+from kvtune.sched import Scheduler
+from kvtune.target import ScoreItem, Scores
+from kvtune.types import (
+    FinishReason,
+    Request,
+    RequestId,
+    RequestOutput,
+    RunnerOutput,
+    Sampled,
+    SamplingParams,
+    SchedulerOutput,
+)
+
+__all__ = ["Engine"]
+
+Prompt = str | Sequence[int]
+ModelSource = str | Path | PreTrainedModel | LoadedModel
+
+
+class Engine:
+    """Serves one model through a paged, prefix-sharing, separately encoded K and V cache.
+
+    Build with `from_pretrained` or `from_recipe`; use as a context manager or call `close`. Not
+    thread-safe. Bad prompts and settings raise UsageError before anything is queued.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        cache: CacheConfig,
+        scheduler: SchedulerConfig,
+        config: EngineConfig,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        _check_loaded(loaded, config)
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        self.loaded = loaded
+        self.cache_config = cache
+        self.config = config
+        self.fingerprint = cache_fingerprint(loaded, cache)
+        self.backend: Backend = choose_backend(config.kernel)
+        self.max_model_len = config.max_model_len or loaded.max_model_len
+        self._clock = clock
+        self._plan = plan_arenas(
+            loaded.spec, cache, max_model_len=self.max_model_len, max_num_seqs=scheduler.max_num_seqs,
+            max_num_batched_tokens=scheduler.max_num_batched_tokens,
+        )  # fmt: skip
+        self._arenas = allocate_arenas(self._plan, cache)
+        self._manager = KVCacheManager(
+            self._plan.groups,
+            self._plan.num_blocks,
+            block_size=cache.block_size,
+            enable_prefix_caching=cache.enable_prefix_caching,
+            policy=cache.eviction_policy,
+            fingerprint=self.fingerprint,
+            num_first_blocks=self._plan.num_first_blocks,
+        )
+        self._scheduler = Scheduler(
+            self._manager, scheduler, max_model_len=self.max_model_len, eos_token_ids=loaded.eos_token_ids,
+            clock=clock,
+        )  # fmt: skip
+        self._scheduler_config = scheduler
+        self._runner = ModelRunner(
+            loaded.model, self._plan.groups, self._arenas, block_size=cache.block_size, backend=self.backend,
+            pad_rows=config.pad_rows,
+        )  # fmt: skip
+        self._scorer = Scorer(self._runner, self._manager, vocab_size=loaded.vocab_size)
+        self._states: dict[RequestId, RequestState] = {}
+        self._undelivered: list[RequestOutput] = []
+        self._ids = itertools.count()
+        self._is_closed = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_model: ModelSource,
+        *,
+        cache: CacheConfig | None = None,
+        scheduler: SchedulerConfig | None = None,
+        config: EngineConfig | None = None,
+    ) -> Self:
+        """An engine over a model folder, a Transformers model object, or an already loaded model.
+
+        A model object is changed in place (its attention now belongs to kvtune). Raises
+        InputFileError, UnsupportedModelError or UsageError, each with one line.
+        """
+        config = config or EngineConfig()
+        is_loaded = isinstance(path_or_model, LoadedModel)
+        loaded = path_or_model if is_loaded else load_model(path_or_model, config)
+        return cls(
+            loaded, cache=cache or CacheConfig(), scheduler=scheduler or SchedulerConfig(), config=config
+        )
+
+    @classmethod
+    def from_recipe(cls, path: str | Path, model: ModelSource | None = None) -> Self:
+        """The engine a recipe describes. `model` overrides the recipe's path, not its weights: other
+        weights than those the recipe was proven with are refused (UsageError)."""
+        recipe = Recipe.load(path)
+        source = model if model is not None else recipe.model.get("path")
+        if source is None:
+            raise UsageError(f"recipe {path} names no model path; pass model=")
+        engine = cls.from_pretrained(
+            source, cache=recipe.cache_config(), scheduler=recipe.scheduler_config(),
+            config=recipe.engine_config(),
+        )  # fmt: skip
+        proven = recipe.model.get("weights_sha256")
+        if proven is not None and proven != engine.loaded.weights_sha256:
+            engine.close()
+            raise UsageError(
+                f"recipe {path} was proven for weights {str(proven)[:12]}, found "
+                f"{engine.loaded.weights_sha256[:12]}; run `kvtune tune` for this model"
+            )
+        return engine
+
+    # --- requests in, outputs out
+
+    def generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]
+    ) -> list[RequestOutput]:
+        """Run all prompts to the end; outputs in prompt order. Nothing is left behind on an error."""
+        all_params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(all_params) != len(prompts):
+            raise UsageError(f"{len(prompts)} prompts need as many SamplingParams, found {len(all_params)}")
+        own: dict[RequestId, RequestOutput | None] = {}
+        try:
+            for prompt, one in zip(prompts, all_params, strict=True):
+                own[self._add(self._next_id(), prompt, one)] = None
+            while any(output is None for output in own.values()):
+                for state, new_ids, new_text in self._advance():
+                    request_id = state.sequence.request_id
+                    if request_id not in own:
+                        self._undelivered.append(state.output(new_ids, new_text))
+                    elif state.is_finished:
+                        own[request_id] = state.output(new_ids, new_text)
+        finally:
+            for request_id, output in own.items():
+                if output is None:
+                    self._drop(request_id)
+        return [output for output in own.values() if output is not None]
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        arrival_s: float | None = None,
+        priority: int = 0,
+        tenant: str = "",
+        cache_salt: str = "",
+    ) -> None:
+        """Queue one request; `step` delivers its outputs. `arrival_s` [s, engine clock]: default now.
+
+        UsageError if it could never be served.
+        """
+        self._add(
+            RequestId(request_id), prompt, params, arrival_s=arrival_s, priority=priority, tenant=tenant,
+            cache_salt=cache_salt,
+        )  # fmt: skip
+
+    def step(self, *, finished_only: bool = False) -> list[RequestOutput]:
+        """One scheduler step; an output for each request that got tokens or ended since the last call.
+
+        `finished_only`: only outputs of requests that ended, which saves copying growing token lists.
+        """
+        advanced = [
+            state.output(ids, text)
+            for state, ids, text in self._advance()
+            if state.is_finished or not finished_only
+        ]
+        delivered, self._undelivered = self._undelivered + advanced, []
+        return delivered
+
+    def stream(self, prompt: Prompt, params: SamplingParams) -> Iterator[RequestOutput]:
+        """Outputs of one request as its tokens come; closing the iterator aborts it."""
+        request_id = self._add(self._next_id(), prompt, params)
+        return self._stream(request_id)
+
+    def _stream(self, request_id: RequestId) -> Iterator[RequestOutput]:
+        try:
+            while request_id in self._states:
+                others: list[RequestOutput] = []
+                for output in self.step():
+                    if output.request_id == request_id:
+                        yield output
+                    else:
+                        others.append(output)
+                self._undelivered[:0] = others
+        finally:
+            self._drop(request_id)
+
+    def abort(self, request_id: str) -> bool:
+        """End a request in any state and free all it holds; its last output comes with the next `step`.
+
+        False if no such request is unfinished.
+        """
+        state = self._states.pop(RequestId(request_id), None)
+        if state is None:
+            return False
+        self._scheduler.abort(RequestId(request_id))
+        self._undelivered.append(state.output((), state.flush()))
+        return True
+
+    def discard_outputs(self) -> None:
+        """Forget outputs that no `step` has delivered yet."""
+        self._undelivered.clear()
+
+    @property
+    def num_running(self) -> int:
+        return self._scheduler.num_running
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether a call of `step` has something to do or to deliver."""
+        return bool(self._states) or bool(self._undelivered)
+
+    # --- scoring
+
+    def score(self, items: Sequence[ScoreItem], *, num_top: int, chunk: int | None = None) -> list[Scores]:
+        """Teacher-forced log-probabilities of each item's continuation, through this engine's cache.
+
+        `chunk`: tokens per step (None: max_num_batched_tokens). The vocabulary is returned whole when it
+        has at most `num_top` tokens. Neither other requests nor the result see each other's blocks.
+        """
+        self._check_open()
+        check_items(items, vocab_size=self.loaded.vocab_size, max_model_len=self.max_model_len)
+        if num_top < 1 or (chunk is not None and chunk < 1):
+            raise UsageError(f"num_top and chunk must be at least 1, found {num_top} and {chunk}")
+        step_tokens = chunk or self._scheduler_config.max_num_batched_tokens
+        return self._scorer.score(items, num_top=num_top, chunk=step_tokens)
+
+    # --- telling and ending
+
+    def stats(self) -> EngineStats:
+        usage = self._manager.usage()
+        return EngineStats(
+            blocks=usage,
+            cache=self._manager.stats(),
+            scheduler=self._scheduler.stats(),
+            resident_bytes=resident_bytes_by_codec(self._arenas, self._plan, usage),
+        )
+
+    def effective(self, *, context: int) -> dict[str, Any]:
+        """Settings read back from the live parts, by knob name, and what they cost.
+
+        `kv_bytes_per_token` at `context` tokens or the engine's length if shorter.
+        """
+        layouts = [self._arenas[layer].layout for group in self._plan.groups for layer in group.layers]
+        context = min(context, self.max_model_len)
+        return {
+            "k_codec": _one_or_mixed([layout.k_codec for layout in layouts]),
+            "v_codec": _one_or_mixed([layout.v_codec for layout in layouts]),
+            "block_size": self._manager.block_size,
+            "enable_prefix_caching": self._manager.enable_prefix_caching,
+            "max_num_seqs": self._scheduler_config.max_num_seqs,
+            "max_num_batched_tokens": self._scheduler_config.max_num_batched_tokens,
+            "kv_bytes_per_token": kv_bytes_per_token(
+                self.loaded.spec, self.cache_config, self._scheduler_config, context=context
+            ),
+            "reference_context": context,
+            "kv_capacity_tokens": self._plan.capacity_tokens,
+            "num_blocks": sum(cache.num_blocks + cache.num_first_blocks for cache in self._group_heads()),
+            "max_model_len": self.max_model_len,
+            "read_contract": READ_CONTRACT,
+            "kernel": self.backend.name,
+            "kernel_reason": self.backend.reason,
+            "dtype": str(self.loaded.dtype).removeprefix("torch."),
+            "fingerprint": self.fingerprint.hex(),
+        }
+
+    def _group_heads(self) -> list[LayerCache]:
+        """The first layer's arenas of each group: its layers have equally many blocks."""
+        return [self._arenas[group.layers[0]] for group in self._plan.groups]
+
+    def memory(self) -> MemoryReport:
+        """KV bytes from storage, from the block tables of live requests, and as spec predicts them."""
+        usage = self._manager.usage()
+        plan = self._plan
+        referenced, idle, predicted = 0, 0, 0
+        for group, blocks in zip(plan.groups, self._live_blocks(), strict=True):
+            index = group.index
+            referenced += walk_bytes(self._arenas, group, sorted(blocks))
+            sizes = plan.block_bytes[index], plan.first_block_bytes[index]
+            predicted += usage[index].body.referenced * sizes[0] + usage[index].first.referenced * sizes[1]
+            idle += usage[index].body.idle * sizes[0] + usage[index].first.idle * sizes[1]
+        return MemoryReport(
+            allocated_bytes=sum(
+                arena.untyped_storage().nbytes()
+                for cache in self._arenas.values()
+                for arena, _, _ in cache.parts()
+            ),
+            predicted_allocated_bytes=plan.total_bytes,
+            referenced_bytes=referenced,
+            predicted_referenced_bytes=predicted,
+            idle_bytes=idle,
+        )
+
+    def _live_blocks(self) -> list[set[int]]:
+        """Per group, the ids of blocks that some live request's block table names."""
+        live: list[set[int]] = [set() for _ in self._plan.groups]
+        for request_id in self._manager.request_ids():
+            for blocks, table in zip(live, self._manager.block_tables(request_id), strict=True):
+                blocks.update(table[table >= 0].tolist())
+        return live
+
+    def configure(self, scheduler: SchedulerConfig) -> None:
+        """Change the scheduler's settings between steps; all of them are hot."""
+        self._scheduler.configure(scheduler)
+        self._scheduler_config = scheduler
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes; running requests go on."""
+        self._manager.reset_prefix_cache()
+
+    def close(self) -> None:
+        """Abort what runs and give the KV memory back. Idempotent."""
+        if self._is_closed:
+            return
+        for request_id in list(self._states):
+            self._drop(request_id)
+        self._undelivered.clear()
+        self._runner.close()
+        self._arenas.clear()
+        self._is_closed = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- inside
+
+    def _next_id(self) -> RequestId:
+        return RequestId(f"auto-{next(self._ids)}")
+
+    def _add(
+        self,
+        request_id: RequestId,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        arrival_s: float | None = None,
+        priority: int = 0,
+        tenant: str = "",
+        cache_salt: str = "",
+    ) -> RequestId:
+        self._check_open()
+        if request_id in self._states:
+            raise UsageError(f"request id {request_id!r} is in use; give each request its own")
+        check_sampling(params)
+        if params.stop and self.loaded.tokenizer is None:
+            raise UsageError("stop strings need a tokenizer; this model folder has none, use stop_token_ids")
+        request = Request(
+            request_id=request_id,
+            prompt_token_ids=self._token_ids(prompt),
+            sampling=params,
+            arrival_s=self._clock() if arrival_s is None else arrival_s,
+            priority=priority,
+            tenant=tenant,
+            cache_salt=cache_salt,
+        )
+        sequence = self._scheduler.add(request)
+        seed = request_seed(self.config.seed, request_id, params)
+        self._states[request_id] = RequestState(sequence, seed=seed, decoder=self.loaded.tokenizer)
+        return request_id
+
+    def _token_ids(self, prompt: Prompt) -> npt.NDArray[np.int32]:
+        if isinstance(prompt, str):
+            if self.loaded.tokenizer is None:
+                raise UsageError("this model folder has no tokenizer; pass prompts as token ids")
+            prompt = self.loaded.tokenizer.encode(prompt)
+        return check_token_ids(prompt, self.loaded.vocab_size, what="prompt")
+
+    def _advance(self) -> list[tuple[RequestState, Sequence[int], str]]:
+        """One scheduler step; (state, new token ids, new text) of each request that moved."""
+        self._check_open()
+        if not self._states:
+            return []
+        output = self._scheduler.schedule()
+        self._runner.copy_blocks(output.copies)
+        sampled = self._run(output)
+        updates = self._scheduler.update(output, RunnerOutput(sampled=tuple(sampled.values())))
+        moved: list[tuple[RequestState, Sequence[int], str]] = []
+        for update in updates:
+            request_id, token_ids = update.request_id, update.new_token_ids
+            state = self._states[request_id]
+            new_text = state.append(token_ids, sampled[request_id])
+            if state.is_stopped and not state.is_finished:
+                self._scheduler.finish(request_id, FinishReason.STOP)
+            if state.is_finished:
+                del self._states[request_id]
+            moved.append((state, token_ids, new_text))
+        return moved
+
+    def _run(self, output: SchedulerOutput) -> dict[RequestId, Sampled]:
+        if not output.chunks:
+            return {}
+        logits = self._runner.forward(output.chunks, last_rows(output.chunks))
+        rows = [self._states[chunk.request_id].sample_row() for chunk in output.chunks if chunk.samples]
+        return {one.request_id: one for one in sample(logits, rows)}
+
+    def _drop(self, request_id: RequestId) -> None:
+        """Abort without an output: nobody is waiting for it any more."""
+        if self._states.pop(request_id, None) is not None:
+            self._scheduler.abort(request_id)
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise UsageError("this engine is closed; build a new one")
+
+
+def _one_or_mixed(names: list[str]) -> str:
+    return names[0] if len(set(names)) == 1 else "mixed"
+
+
+def _check_loaded(loaded: LoadedModel, config: EngineConfig) -> None:
+    """A shared model brings its dtype, length and RoPE regime; the engine's settings must agree."""
+    if config.dtype != "auto" and f"torch.{config.dtype}" != str(loaded.dtype):
+        raise UsageError(f"dtype {config.dtype} asked for, the loaded model is {loaded.dtype}; load it again")
+    if config.max_model_len is not None:
+        if config.max_model_len > loaded.max_model_len:
+            raise UsageError(
+                f"max_model_len {config.max_model_len} is beyond the loaded model's {loaded.max_model_len}"
+            )
+        regime = rope_regime(loaded.model.config.get_text_config(), config.max_model_len)
+        if regime != loaded.rope_regime:
+            raise UsageError(
+                f"max_model_len {config.max_model_len} needs RoPE regime {regime}, the loaded model has "
+                f"{loaded.rope_regime}; load it with that max_model_len"
+            )

@@ -1,0 +1,250 @@
+"""Teacher-forced log-probabilities by chunked prefill through the paged cache.
+
+Under read contract T0 one prefill of prompt + continuation reads exactly the keys and values that
+token-by-token decoding would read, so a whole continuation costs one pass instead of a step per token.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvtune.cache import KVCacheManager
+from kvtune.engine.runner import ModelRunner
+from kvtune.errors import UsageError
+from kvtune.target import ScoreItem, Scores
+from kvtune.types import BlockCopy, RequestId, ScheduledChunk
+
+__all__ = ["Scorer"]
+
+_ROWS_AT_ONCE = 64
+"""Logits rows turned into log-probabilities at a time: bounds the float32 temporary at 64 x V."""
+
+_BUSY = "the KV cache is held by running requests; score when the engine is idle"
+
+
+@dataclass(slots=True)
+class _Part:
+    """The scored rows of one step: [n, k], [n, k], [n], [n]."""
+
+    ids: npt.NDArray[np.int32]
+    logprobs: npt.NDArray[np.float32]
+    token_logprobs: npt.NDArray[np.float32]
+    argmax: npt.NDArray[np.int32]
+
+
+@dataclass(slots=True)
+class _Progress:
+    """One item under way. `tokens`: prompt + continuation; its last token is never run."""
+
+    item: ScoreItem
+    order: int
+    request_id: RequestId
+    tokens: npt.NDArray[np.int32]
+    position: int = 0
+    has_blocks: bool = False
+    parts: list[_Part] = field(default_factory=list[_Part])
+
+    @property
+    def first_scored(self) -> int:
+        return len(self.item.prompt_token_ids) - 1
+
+    @property
+    def remaining(self) -> int:
+        return len(self.tokens) - 1 - self.position
+
+    def restart(self) -> None:
+        self.position, self.has_blocks = 0, False
+        self.parts.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    progress: _Progress
+    chunk: ScheduledChunk
+
+
+class Scorer:
+    """Scores items through a runner and a manager; leaves no request and no reachable block behind.
+
+    Items of one call share cached prefixes among themselves, under a salt of their own: what was cached
+    before cannot change the result, and what they cache is never hit by anyone else.
+    """
+
+    def __init__(self, runner: ModelRunner, manager: KVCacheManager, *, vocab_size: int) -> None:
+        self._runner = runner
+        self._manager = manager
+        self._vocab_size = vocab_size
+        self._num_calls = 0
+
+    def score(self, items: Sequence[ScoreItem], *, num_top: int, chunk: int) -> list[Scores]:
+        """Scores in item order; `chunk` tokens per step. UsageError if an item cannot be held."""
+        self._num_calls += 1
+        salt = f"score/{self._num_calls}"
+        waiting = deque(
+            _Progress(item, order, RequestId(f"{salt}/{order}"), _tokens(item))
+            for order, item in enumerate(items)
+        )
+        for progress in waiting:
+            if not self._manager.fits(len(progress.tokens)):
+                raise UsageError(
+                    f"score item {progress.item.item_id!r} has {len(progress.tokens)} tokens, more than the "
+                    "KV cache holds; raise kv_budget"
+                )
+        active: deque[_Progress] = deque()
+        done: dict[int, Scores] = {}
+        try:
+            while waiting or active:
+                planned = self._plan_step(active, waiting, chunk, salt)
+                self._run_step(planned, num_top)
+                for finished in [p for p in active if p.remaining == 0]:
+                    active.remove(finished)
+                    self._manager.free(finished.request_id)
+                    done[finished.order] = self._assemble(finished)
+        finally:
+            for progress in active:
+                if progress.has_blocks:
+                    self._manager.free(progress.request_id)
+        return [done[order] for order in range(len(items))]
+
+    def _plan_step(
+        self, active: deque[_Progress], waiting: deque[_Progress], budget: int, salt: str
+    ) -> list[_Planned]:
+        """Continue what is under way, oldest first, then start waiting items while tokens are left."""
+        planned: list[_Planned] = []
+        for progress in list(active):
+            if budget == 0 or progress not in active:
+                break
+            copies = self._make_room(progress, active, waiting, min(budget, progress.remaining))
+            if copies is None:
+                break
+            planned.append(self._planned(progress, min(budget, progress.remaining), copies))
+            budget -= planned[-1].chunk.num_tokens
+        while budget and waiting:
+            progress = waiting[0]
+            copies = self._start(progress, budget, salt)
+            if copies is None:
+                if not active:
+                    raise UsageError(_BUSY)
+                break
+            active.append(waiting.popleft())
+            planned.append(self._planned(progress, min(budget, progress.remaining), copies))
+            budget -= planned[-1].chunk.num_tokens
+        return planned
+
+    def _start(self, progress: _Progress, budget: int, salt: str) -> tuple[BlockCopy, ...] | None:
+        prompt = progress.tokens[: progress.first_scored + 1]
+        match = self._manager.match(prompt, cache_salt=salt)
+        target = min(match.num_tokens + budget, len(progress.tokens) - 1)
+        allocation = self._manager.allocate(
+            progress.request_id, target, match=match, token_ids=prompt, cache_salt=salt
+        )
+        if allocation is None:
+            return None
+        progress.position, progress.has_blocks = match.num_tokens, True
+        return allocation.copies
+
+    def _make_room(
+        self, progress: _Progress, active: deque[_Progress], waiting: deque[_Progress], count: int
+    ) -> tuple[BlockCopy, ...] | None:
+        """Slots for `count` more tokens; the youngest item gives way and starts again later.
+
+        None: the youngest was this one.
+        """
+        while True:
+            allocation = self._manager.allocate(progress.request_id, progress.position + count)
+            if allocation is not None:
+                return allocation.copies
+            if len(active) == 1:
+                raise UsageError(_BUSY)
+            youngest = active.pop()
+            self._manager.free(youngest.request_id)
+            youngest.restart()
+            waiting.appendleft(youngest)
+            if youngest is progress:
+                return None
+
+    def _planned(self, progress: _Progress, count: int, copies: tuple[BlockCopy, ...]) -> _Planned:
+        self._runner.copy_blocks(copies)
+        start = progress.position
+        chunk = ScheduledChunk(
+            request_id=progress.request_id,
+            token_ids=progress.tokens[start : start + count],
+            start=start,
+            block_tables=self._manager.block_tables(progress.request_id),
+            samples=start + count > progress.first_scored,
+        )
+        return _Planned(progress, chunk)
+
+    def _run_step(self, planned: Sequence[_Planned], num_top: int) -> None:
+        offset, wanted = 0, list[npt.NDArray[np.int64]]()
+        for plan in planned:
+            skipped = max(0, plan.progress.first_scored - plan.chunk.start)
+            wanted.append(offset + np.arange(skipped, plan.chunk.num_tokens))
+            offset += plan.chunk.num_tokens
+        logits = self._runner.forward([plan.chunk for plan in planned], np.concatenate(wanted))
+        at = 0
+        for plan, rows in zip(planned, wanted, strict=True):
+            self._collect(plan, logits[at : at + len(rows)], num_top)
+            at += len(rows)
+            progress = plan.progress
+            progress.position += plan.chunk.num_tokens
+            self._manager.commit(progress.request_id, progress.tokens[: progress.position], progress.position)
+
+    def _collect(self, plan: _Planned, logits: torch.Tensor, num_top: int) -> None:
+        progress = plan.progress
+        end = plan.chunk.start + plan.chunk.num_tokens  # row of position p scores token p + 1
+        for first in range(0, len(logits), _ROWS_AT_ONCE):
+            rows = logits[first : first + _ROWS_AT_ONCE]
+            position = end - len(logits) + first
+            targets = progress.tokens[position + 1 : position + 1 + len(rows)]
+            at_ids = progress.item.at_ids
+            if at_ids is not None:
+                row = position - progress.first_scored
+                at_ids = at_ids[row : row + len(rows)]
+            progress.parts.append(_score_rows(rows, targets, at_ids, num_top))
+
+    def _assemble(self, progress: _Progress) -> Scores:
+        parts = progress.parts
+        ids = np.concatenate([part.ids for part in parts])
+        return Scores(
+            item_id=progress.item.item_id,
+            ids=ids,
+            logprobs=np.concatenate([part.logprobs for part in parts]),
+            token_logprobs=np.concatenate([part.token_logprobs for part in parts]),
+            argmax=np.concatenate([part.argmax for part in parts]),
+            is_full=progress.item.at_ids is None and ids.shape[1] == self._vocab_size,
+        )
+
+
+def _tokens(item: ScoreItem) -> npt.NDArray[np.int32]:
+    return np.concatenate([
+        np.asarray(item.prompt_token_ids, dtype=np.int32), np.asarray(item.continuation, dtype=np.int32)
+    ])  # fmt: skip
+
+
+def _score_rows(
+    logits: torch.Tensor, targets: npt.NDArray[np.int32], at_ids: npt.NDArray[np.int32] | None, num_top: int
+) -> _Part:
+    """Log-softmax in float32 of logits [n, V]: at the given ids [n, k], else at all or the top ids."""
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    vocab = logprobs.shape[-1]
+    if at_ids is not None:
+        ids = torch.from_numpy(np.ascontiguousarray(at_ids, dtype=np.int64))
+    elif vocab <= num_top:
+        ids = torch.arange(vocab).expand(len(logprobs), vocab)
+    else:
+        ids = torch.topk(logprobs, num_top, dim=-1).indices
+    known = ids >= 0  # an id of -1 asks for nothing
+    chosen = torch.from_numpy(targets.astype(np.int64))[:, None]
+    return _Part(
+        ids=ids.to(torch.int32).numpy(),
+        logprobs=torch.where(known, logprobs.gather(1, ids.clamp(min=0)), -torch.inf).numpy(),
+        token_logprobs=logprobs.gather(1, chosen)[:, 0].numpy(),
+        argmax=logprobs.argmax(dim=-1).to(torch.int32).numpy(),
+    )
