@@ -52,8 +52,6 @@ def _lengths(lengths: dict[str, Any] | None) -> str:
 def _reuse(prefix: dict[str, Any]) -> str:
     if prefix["ideal_block_hit_rate"] is None:
         return "unknown: the trace holds lengths only"
-    unit = prefix["unit"]
-    return (
-        f"at most {prefix['ideal_token_hit_rate']:.1%} of {unit}, {prefix['ideal_block_hit_rate']:.1%} of blocks "
-        f"({prefix['hit_blocks']:,} of {prefix['total_blocks']:,}, {prefix['block_size']} {unit} each)"
-    )
+    unit, rate = prefix["unit"], prefix["ideal_block_hit_rate"]
+    counts = f"{prefix['hit_blocks']:,} of {prefix['total_blocks']:,}, {prefix['block_size']} {unit} each"
+    return f"at most {prefix['ideal_token_hit_rate']:.1%} of {unit}, {rate:.1%} of blocks ({counts})"

@@ -1,6 +1,8 @@
 """One canonical request trace: readers for the formats people have, real tokens for traces that hold
 only lengths and hashes, generators, splits and reuse statistics. No tensors."""
 
+from kvtune.workload.builtin import BUILTIN_CASES, builtin_cases, malformed_files
+from kvtune.workload.chat import generate_chat
 from kvtune.workload.formats import FORMATS
 from kvtune.workload.formats.canonical import write_workload
 from kvtune.workload.load import load_workload
@@ -18,6 +20,7 @@ from kvtune.workload.split import split_by_session
 from kvtune.workload.statistics import workload_statistics
 
 __all__ = [
+    "BUILTIN_CASES",
     "DEFAULT_MAX_TOKENS",
     "FORMATS",
     "Materialised",
@@ -26,7 +29,10 @@ __all__ = [
     "TokenRequest",
     "Workload",
     "WorkloadRequest",
+    "builtin_cases",
+    "generate_chat",
     "load_workload",
+    "malformed_files",
     "materialise",
     "session_labels",
     "split_by_session",

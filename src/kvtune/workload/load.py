@@ -38,7 +38,9 @@ def load_workload(
     is_csv, rows = read_rows(source)
     first = next(rows, None)
     if first is None:
-        raise InputFileError(f"{source.path}: holds a CSV header and no rows; nothing to read")
+        raise InputFileError(
+            f"{source.path}: holds one line that is not JSON and no rows below it; nothing to read"
+        )
     chosen, note = _choose_format(source, first, format, is_csv=is_csv)
     requests, sizes = _read(chosen, itertools.chain([first], rows), trace_block_size, limit)
     if not requests:
@@ -72,10 +74,10 @@ def _choose_format(source: Source, first: Row, asked: str, *, is_csv: bool) -> t
     for chosen in FORMATS.values():
         if chosen.is_csv == is_csv and chosen.matches(first.fields):
             return chosen, f"format: {chosen.name} ({chosen.title}), detected from line {first.line}"
-    kind, found = "CSV columns" if is_csv else "fields", ascii(sorted(first.fields))[:120]
+    kind = "text, but its columns are those of no known CSV:" if is_csv else "JSON, but no known format has"
+    found = ascii(sorted(first.fields))[:120]
     raise InputFileError(
-        f"{source.path}, line {first.line}: no known format has the {kind} {found}; "
-        f"known: {', '.join(FORMATS)}"
+        f"{source.path}, line {first.line}: {kind} {found}; known formats: {', '.join(FORMATS)}"
     )
 
 
