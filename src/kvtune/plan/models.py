@@ -33,7 +33,7 @@ def bundled_models() -> list[str]:
 
 
 def find_model(model: str) -> ModelSource:
-    """The config that MODEL names: a file, a folder with config.json, or a bundled id (case and org optional).
+    """What MODEL names: a config file, a folder with config.json, or a bundled id (org and case optional).
 
     InputFileError when the file cannot be read as a config, UsageError with the nearest names when nothing
     is found.

@@ -17,7 +17,7 @@ _PARAMETER_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def dense_weights_bytes(config: Mapping[str, Any], spec: ModelSpec) -> int | None:
-    """Weights of a plain dense decoder from its config: embeddings, projections, gated MLP (no norms, biases).
+    """Weights of a plain dense decoder: embeddings, projections and gated MLP (norms and biases left out).
 
     Within 0.1 % of the real count for Llama-3.1 and Qwen3. None where the formula does not apply (experts,
     quantised checkpoints, other families) or a field is missing.

@@ -203,6 +203,7 @@ _GEMMA3 = Family(
     defaults={
         "sliding_window_pattern": 6, "num_hidden_layers": 26, "num_attention_heads": 8,
         "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096,
+        "max_position_embeddings": 131072,
     },
 )  # fmt: skip
 _GEMMA3N = Family(
