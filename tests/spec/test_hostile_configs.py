@@ -19,7 +19,7 @@ HOSTILE = st.one_of(
                      ["mamba"] * 5000, {"0": {"head_dim": 8}}, {"text_config": {}}]),
     st.integers(-5, 200),
     st.text(max_size=8),
-    st.lists(st.sampled_from(["full_attention", "sliding_attention", "linear_attention", "moe", 3]), max_size=70),
+    st.lists(st.sampled_from(["full_attention", "sliding_attention", "mamba", "moe", 3]), max_size=70),
 )  # fmt: skip
 JSON = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=10)),

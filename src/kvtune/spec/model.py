@@ -15,6 +15,7 @@ __all__ = ["LayerSpec", "ModelSpec", "text_config"]
 
 PAGED_KINDS = frozenset({LayerKind.FULL, LayerKind.SLIDING, LayerKind.CHUNKED, LayerKind.MLA})
 """Kinds that store something per token."""
+_HEAD_KINDS = PAGED_KINDS - {LayerKind.MLA}
 _MAX_NESTING = 4
 _STATE_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -152,8 +153,8 @@ def _build_layers(fields: Fields, family: Family, kinds: Sequence[LayerKind]) ->
         if index >= first_shared and kind in PAGED_KINDS:
             layers.append(_shared_layer(index, kind, kinds[:first_shared]))
             continue
-        values = {**templates[kind], **overrides.get(index, {})}
-        layers.append(LayerSpec(index=index, kind=kind, **values))
+        own = overrides.get(index, {}) if kind in _HEAD_KINDS else {}
+        layers.append(LayerSpec(index=index, kind=kind, **{**templates[kind], **own}))
     return tuple(layers)
 
 

@@ -1,0 +1,172 @@
+"""Other engines' storage and paging, against figures read from their logs and sources."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvtune.errors import UsageError
+from kvtune.plan import bundled_models, find_model
+from kvtune.spec import (
+    ENGINES,
+    KVFormat,
+    ModelSpec,
+    Paging,
+    allocator_bytes,
+    growth_bytes_per_token,
+    kv_format,
+    logical_bytes,
+)
+from kvtune.spec.engines import vllm_pages
+
+BF16 = KVFormat.of("bf16")
+
+
+def spec_of(model: str) -> ModelSpec:
+    return ModelSpec.from_config(find_model(model).config)
+
+
+def nemotron_super() -> ModelSpec:
+    return ModelSpec.from_config({
+        "model_type": "nemotron_h", "num_hidden_layers": 4, "hybrid_override_pattern": "M*EM",
+        "num_attention_heads": 32, "num_key_value_heads": 2, "head_dim": 128, "hidden_size": 4096,
+        "mamba_num_heads": 128, "mamba_head_dim": 64, "ssm_state_size": 128, "n_groups": 8, "conv_kernel": 4,
+    })  # fmt: skip
+
+
+def qwen35_397b() -> ModelSpec:
+    return ModelSpec.from_config({
+        "model_type": "qwen3_5_moe_text", "num_hidden_layers": 60, "num_attention_heads": 32,
+        "num_key_value_heads": 2, "head_dim": 256, "hidden_size": 4096, "linear_num_value_heads": 64,
+        "linear_num_key_heads": 16, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+        "linear_conv_kernel_dim": 4,
+    })  # fmt: skip
+
+
+def test_vllms_block_of_a_hybrid_grows_to_hold_the_state_and_fp8_doubles_it() -> None:
+    spec = nemotron_super()
+    fp8 = vllm_pages(spec, 1000, kv_format("vllm", "fp8", spec), Paging())
+    bf16 = vllm_pages(spec, 1000, BF16, Paging())
+    assert fp8[0].block_size == 8_320  # as that vLLM logged
+    assert bf16[0].block_size == 4_160
+    assert vllm_pages(qwen35_397b(), 1000, BF16, Paging(tp=2))[0].block_size == 2_096
+
+
+def test_a_short_prompt_on_a_hybrid_pays_a_whole_inflated_block() -> None:
+    spec = nemotron_super()
+    kv = kv_format("vllm", "fp8", spec)
+    page = 8_320 * 2 * 128 * 2
+    assert allocator_bytes(spec, 12, kv, "vllm", Paging()) == 3 * page  # 1 attention + 2 state pages
+
+
+def test_vllm_keeps_a_window_plus_one_step_and_one_block() -> None:
+    spec = spec_of("gpt-oss-120b")
+    layer_token = 2 * 8 * 64 * 2
+    blocks = -(-(127 + 8192) // 16) + 1
+    expected = 18 * layer_token * (131_072 + 16 * blocks)
+    assert allocator_bytes(spec, 131_072, BF16, "vllm", Paging(chunk=8192)) == expected
+
+
+def test_vllm_pads_the_last_group_of_gemma_3() -> None:
+    """52 sliding layers in groups of 10 need 6 groups: 8 layers of padding."""
+    spec = spec_of("gemma-3-27b-it")
+    page = 16 * 2 * 16 * 128 * 2
+    blocks = -(-(1023 + 8192) // 16) + 1
+    expected = page * (10 * (131_072 // 16) + 60 * blocks)
+    assert allocator_bytes(spec, 131_072, BF16, "vllm", Paging(chunk=8192)) == expected
+
+
+def test_vllm_gives_gemma_4s_smaller_full_layers_longer_blocks() -> None:
+    buckets = {str(b.kind): b for b in vllm_pages(spec_of("gemma-4-26B-A4B-it"), 10_000, BF16, Paging())}
+    assert buckets["full_attention"].block_size == 32
+    assert buckets["sliding_attention"].block_size == 16
+    assert buckets["full_attention"].page_bytes == buckets["sliding_attention"].page_bytes
+
+
+def test_vllm_counts_blocks_as_it_logs_them() -> None:
+    # 1,952 blocks of 16 tokens of Llama-3.1-8B are 3.81 GiB
+    assert (
+        allocator_bytes(spec_of("Llama-3.1-8B"), 1_952 * 16, BF16, "vllm", Paging()) == 1_952 * 16 * 131_072
+    )
+
+
+def test_tensor_parallel_ranks_beyond_the_kv_heads_replicate_them() -> None:
+    spec = spec_of("Llama-3.1-70B")
+    for engine in ENGINES:
+        one = allocator_bytes(spec, 4096, BF16, engine, Paging())
+        assert allocator_bytes(spec, 4096, BF16, engine, Paging(tp=8)) == one
+        assert allocator_bytes(spec, 4096, BF16, engine, Paging(tp=16)) == 2 * one
+        assert allocator_bytes(spec, 4096, BF16, engine, Paging(tp=3)) == one * 9 // 8  # 3 heads on each rank
+
+
+def test_mla_is_replicated_on_every_rank() -> None:
+    spec = spec_of("DeepSeek-V3")
+    for engine in ENGINES:
+        one = allocator_bytes(spec, 4096, BF16, engine, Paging())
+        assert allocator_bytes(spec, 4096, BF16, engine, Paging(tp=8)) == 8 * one
+
+
+@pytest.mark.parametrize(
+    ("engine", "kv_dtype", "per_element"),
+    [
+        ("vllm", "bf16", 2),
+        ("vllm", "fp8", 1),
+        ("vllm", "int8", (128 + 4) / 128),
+        ("vllm", "int4", (64 + 4) / 128),
+        ("vllm", "nvfp4", 0.5625),
+        ("vllm", "k8v4", (128 + 64 + 4) / 256),
+        ("trtllm", "int8", 1),
+        ("sglang", "fp8", 1),
+        ("kvtune", "int8", (128 + 2) / 128),
+        ("kvtune", "int4", (64 + 4) / 128),
+        ("kvtune", "k8v4", (128 + 2 + 64 + 4) / 256),
+    ],
+)
+def test_a_kv_dtype_costs_its_codes_and_its_scales(engine: str, kv_dtype: str, per_element: float) -> None:
+    spec = spec_of("Llama-3.1-8B")
+    kv = kv_format(engine, kv_dtype, spec)
+    assert growth_bytes_per_token(spec, kv) == 32 * 8 * 2 * 128 * per_element
+
+
+def test_auto_stores_the_checkpoints_type_and_v32_in_fp8_on_vllm() -> None:
+    assert kv_format("kvtune", "auto", spec_of("Llama-3.1-8B")).k.name == "bf16"
+    assert kv_format("vllm", "auto", spec_of("DeepSeek-V3.2-Exp")).k.name == "fp8_ds_mla"
+    assert kv_format("vllm", "auto", spec_of("DeepSeek-V3")).k.name == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("engine", "kv_dtype", "model"),
+    [
+        ("kvtune", "fp8", "Llama-3.1-8B"),
+        ("sglang", "int4", "Llama-3.1-8B"),
+        ("vllm", "int8", "DeepSeek-V3"),
+        ("vllm", "fp7", "Llama-3.1-8B"),
+        ("llamacpp", "bf16", "Llama-3.1-8B"),
+    ],
+)
+def test_a_cache_an_engine_does_not_have_is_a_usage_error(engine: str, kv_dtype: str, model: str) -> None:
+    with pytest.raises(UsageError, match="engine"):
+        kv_format(engine, kv_dtype, spec_of(model))
+
+
+@pytest.mark.parametrize("name", bundled_models())
+def test_no_engine_allocates_less_than_the_logical_bytes_and_all_grow_with_the_context(name: str) -> None:
+    spec = spec_of(name)
+    for engine in ENGINES:
+        sizes = [allocator_bytes(spec, n, BF16, engine, Paging()) for n in (1, 100, 5000, 200_000)]
+        assert sizes == sorted(sizes)
+        assert all(
+            size >= logical_bytes(spec, n, BF16)
+            for n, size in zip((1, 100, 5000, 200_000), sizes, strict=True)
+        )
+
+
+def test_impossible_settings_are_usage_errors() -> None:
+    spec = spec_of("Llama-3.1-8B")
+    for paging, n in (
+        (Paging(block_size=0), 1),
+        (Paging(tp=0), 1),
+        (Paging(), 0),
+        (Paging(block_size=24), 1),
+    ):
+        with pytest.raises(UsageError):
+            allocator_bytes(spec, n, BF16, "kvtune", paging)
