@@ -38,10 +38,11 @@ def find_model(model: str) -> ModelSource:
     InputFileError when the file cannot be read as a config, UsageError with the nearest names when nothing
     is found.
     """
-    path = Path(model).expanduser()
+    path = Path(model)
     try:
-        is_folder, is_file = path.is_dir(), path.is_file()
-    except (OSError, ValueError):  # too long a name, a NUL byte
+        path = path.expanduser()
+        is_folder, is_file = bool(model) and path.is_dir(), path.is_file()
+    except (OSError, ValueError, RuntimeError):  # too long a name, a NUL byte, an unknown ~user
         is_folder = is_file = False
     if is_folder:
         weights, basis = _folder_weights(path)
