@@ -55,7 +55,9 @@ def _prompts() -> list[list[int]]:
     return prompts
 
 
-def _engine(loaded, *, chunk=512, kernel="torch", prefix=True, budget: int | str = "16MiB", seqs=64) -> Engine:
+def _engine(
+    loaded, *, chunk=512, kernel="torch", prefix=True, budget: int | str = "16MiB", seqs=64
+) -> Engine:
     return Engine.from_pretrained(
         loaded,
         cache=CacheConfig(kv_budget=budget, k_codec="fp32", v_codec="fp32", enable_prefix_caching=prefix),

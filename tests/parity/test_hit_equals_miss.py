@@ -37,9 +37,7 @@ class _Recorder:
     def _record(self, chunks, wanted):
         total = sum(chunk.num_tokens for chunk in chunks)
         logits = self._forward(chunks, np.arange(total))
-        keys = [
-            (chunk.request_id, chunk.start + i) for chunk in chunks for i in range(chunk.num_tokens)
-        ]
+        keys = [(chunk.request_id, chunk.start + i) for chunk in chunks for i in range(chunk.num_tokens)]
         self.rows.update(zip(keys, logits, strict=True))
         return logits[torch.from_numpy(wanted)]
 
