@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
 
-from kvtune.errors import UsageError
+from kvtune.errors import HostError, UsageError
 from kvtune.kernels import reference, torch_path
 from kvtune.kernels.batch import AttentionBatch, LayerCache
+from kvtune.kernels.native import MAX_HEAD_DIM, NativeLibrary, library_path
 from kvtune.kernels.packing import store_codes
 from kvtune.kernels.quantise import encode_values
 from kvtune.kernels.reference import Masking
@@ -20,20 +22,44 @@ BACKENDS = ("native", "torch", "reference")
 
 @dataclass(frozen=True)
 class Backend:
-    """Which kernels run, and why. `reason` is one printable line."""
+    """Which kernels run, and why. `reason` is one printable line; `library` is set for native alone."""
 
     name: str
     reason: str
-    isa: str | None = None
+    library: NativeLibrary | None = None
+
+    @property
+    def isa(self) -> str | None:
+        """Instruction set of the native kernels: avx512, avx2 or portable."""
+        return None if self.library is None else self.library.isa
 
 
-def choose_backend(name: str = "auto") -> Backend:
-    """`auto` takes native where its library loads, else torch; a name is taken as given."""
+def choose_backend(name: str = "auto", *, isa: str | None = None) -> Backend:
+    """`auto` takes native where its library loads, else torch and says why; a name is taken as given.
+
+    `isa` (default: the environment's KVTUNE_ISA, else the best) forces an instruction set. HostError if
+    native is asked for and cannot be had, UsageError on an unknown name or instruction set.
+    """
     if name in ("torch", "reference"):
         return Backend(name, f"{name}: asked for")
-    if name == "auto":
-        return Backend("torch", "torch: native kernels are not built")
-    raise UsageError(f"unknown kernel backend {name!r}; known: auto, {', '.join(BACKENDS)}")
+    if name not in ("auto", "native"):
+        raise UsageError(f"unknown kernel backend {name!r}; known: auto, {', '.join(BACKENDS)}")
+    path = library_path()
+    if path is None:
+        missing = "no native library in this installation: rebuild with a C++17 compiler at hand"
+        if name == "native":
+            raise HostError(missing)
+        return Backend("torch", f"torch: {missing}")
+    isa = isa or os.environ.get("KVTUNE_ISA") or "auto"
+    try:
+        library = NativeLibrary(path, isa)
+    except HostError as error:
+        if name == "native":
+            raise
+        return Backend("torch", f"torch: {error}")
+    return Backend(
+        "native", f"native: {library.isa} ({'best here' if isa == 'auto' else 'asked for'})", library
+    )
 
 
 def paged_attention(
@@ -58,6 +84,8 @@ def paged_attention(
     masking = Masking(scale, window, softcap, sinks)
     if backend.name == "reference":
         return reference.paged_attention(q, cache, batch, masking)
+    if backend.library is not None and _fits_native(cache):
+        return backend.library.attention(q, cache, batch, masking)
     return torch_path.paged_attention(q, cache, batch, masking)
 
 
@@ -69,6 +97,9 @@ def store_kv(
     Slots must be distinct. All backends write the same bytes.
     """
     _check_slots(cache, k, v, slots)
+    if backend.library is not None and _fits_native(cache):
+        backend.library.write(cache, k, v, slots)
+        return
     block_size = cache.layout.block_size
     block, offset = slots.div(block_size, rounding_mode="floor"), slots % block_size
     for arena, layout, base in cache.parts():
@@ -107,6 +138,10 @@ def copy_blocks(cache: LayerCache, src: list[int] | torch.Tensor, dst: list[int]
         copied += int(rows.sum())
     if copied != len(sources):
         raise UsageError("copy_blocks: a block id is out of range, or a pair spans the body and first arenas")
+
+
+def _fits_native(cache: LayerCache) -> bool:
+    return max(cache.layout.k_head_dim, cache.layout.v_head_dim) <= MAX_HEAD_DIM
 
 
 def _check_query(q: torch.Tensor, cache: LayerCache, batch: AttentionBatch) -> None:

@@ -82,7 +82,7 @@ def _encode_int4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     x = torch.where(finite, x, 0.0)
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     scale = _to_fp16_scale((high - low) / 15.0, finite)
-    minimum = _to_fp16_scale(low, finite)
+    minimum = _to_fp16_scale(low, finite) + 0.0  # which zero a minimum picks depends on order: keep +0
     base = torch.where(minimum.isnan(), 0.0, minimum.to(torch.float32))
     codes = torch.round((x - base) / _divisor(scale)).clamp(0, 15)
     return codes.to(torch.uint8), torch.cat((scale, minimum), -1)

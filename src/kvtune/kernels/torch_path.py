@@ -29,7 +29,7 @@ def paged_attention(
     for num_rows, members in by_rows.items():
         if num_rows == 0:
             continue
-        for part in _slices(sorted(members, key=lambda s: lengths[s]), lengths, cache):
+        for part in _slices(sorted(members, key=lengths.__getitem__), lengths, cache):
             rows = torch.tensor([starts[s] for s in part]).unsqueeze(1) + torch.arange(num_rows)
             index = torch.tensor(part)
             seqs = (batch.block_table[index], batch.context_len[index].long())

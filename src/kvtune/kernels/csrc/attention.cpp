@@ -1,0 +1,16 @@
+// Attention for the instruction set KVTUNE_ISA (portable, avx2 or avx512); compiled once for each.
+#if defined(__AVX512VNNI__)
+#include <immintrin.h>
+#define KV_VNNI 1
+#endif
+#include "kernels.h"
+
+namespace kvtune::KVTUNE_ISA {
+namespace {
+#include "vec.h"
+
+#include "attention.h"
+}  // namespace
+
+const AttentionTable attention_table = {attend_split, load_queries, merge, finish};
+}  // namespace kvtune::KVTUNE_ISA

@@ -1,0 +1,515 @@
+// Paged attention for one instruction set. Included inside its namespace, after vec.h.
+//
+// Loop nest: keys in tiles of 64 at fixed absolute positions; per tile the scores of up to 8 query rows that
+// share a KV head (so K and V are read once for all of them), an online softmax step, then the values.
+// A row's sums run in one fixed order whatever rows are computed beside it.
+//
+// Integer codes with VNNI: the query (and the softmax weights times V scale) become 16-bit fixed point, as
+// two signed bytes, so a dot product is two integer products with the stored codes and a float correction.
+// The rounding of the 16-bit side is 1/32512 of its largest magnitude, 128 times below int8's own.
+
+struct TokenGroup {
+  const uint8_t* k;
+  const uint8_t* v;
+  const uint16_t* k_strip;
+  const uint16_t* v_strip;
+  int k_codec;
+  int v_codec;
+};
+
+KV_INLINE const uint16_t* strip_at(const uint8_t* block, const KvSide& side, int B, int head, int offset) {
+  const int64_t values = static_cast<int64_t>(head) * strip_values(side.codec) * B + offset;
+  return reinterpret_cast<const uint16_t*>(block + side.strip_offset) + values;
+}
+
+// The 16 tokens from key position `key` of a sequence; false if the block table names no such block.
+KV_INLINE bool find_group(const KvCache& cache, const int32_t* table, int head, int key, TokenGroup& group) {
+  const int B = cache.block_size;
+  int64_t id = table[key / B];
+  const KvArena* arena = find_arena(cache, id);
+  if (arena == nullptr) return false;
+  const uint8_t* block = arena->data + id * arena->block_bytes;
+  const int offset = key % B;
+  const int64_t token = static_cast<int64_t>(head) * B + offset;
+  const int ke = elements_per_word(arena->k.codec), ve = elements_per_word(arena->v.codec);
+  group.k = block + arena->k.codes_offset + token / ke * arena->k.head_dim * 4;
+  group.v = block + arena->v.codes_offset + token / ve * arena->v.head_dim * 4;
+  group.k_strip = strip_at(block, arena->k, B, head, offset);
+  group.v_strip = strip_at(block, arena->v, B, head, offset);
+  group.k_codec = arena->k.codec;
+  group.v_codec = arena->v.codec;
+  return true;
+}
+
+// ---- scores ---------------------------------------------------------------------------------------------
+
+// Unit = WIDTH of a group's 16 tokens. Raw dot products of NU units with R query rows.
+template <int CODEC, int R, int NU>
+KV_INLINE void dot_units(const uint8_t* const* unit, const float* q, int dim, VF (&acc)[NU][R]) {
+  constexpr int E = Elements<CODEC>::count;
+  for (int w = 0; w < dim / E; w++) {
+    VU word[NU];
+    for (int u = 0; u < NU; u++) word[u] = load<VU>(unit[u] + w * 64);
+    const float* qw = q + w * E;
+#define KV_STEP(J)                                                        \
+  if constexpr (J < E) {                                                  \
+    VF x[NU];                                                             \
+    for (int u = 0; u < NU; u++) x[u] = Elements<CODEC>::template get<J>(word[u]); \
+    for (int r = 0; r < R; r++) {                                         \
+      const float b = qw[r * MAX_DIM + J];                            \
+      for (int u = 0; u < NU; u++) acc[u][r] += x[u] * b;                 \
+    }                                                                     \
+  }
+    KV_STEP(0) KV_STEP(1) KV_STEP(2) KV_STEP(3) KV_STEP(4) KV_STEP(5) KV_STEP(6) KV_STEP(7)
+#undef KV_STEP
+  }
+}
+
+#ifdef KV_VNNI
+KV_INLINE VI word_of(const int8_t* p) {
+  int32_t x;
+  __builtin_memcpy(&x, p, 4);
+  return VI{} + x;
+}
+KV_INLINE VI dot4(VI acc, VU codes, VI bytes) {
+  return (VI)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)codes, (__m512i)bytes);
+}
+
+template <int CODEC, int R, int NU>
+KV_INLINE void dot_units_vnni(const uint8_t* const* unit, const Work& work, int dim, VF (&out)[NU][R]) {
+  VI high[NU][R], low[NU][R];
+  for (int u = 0; u < NU; u++)
+    for (int r = 0; r < R; r++) {
+      high[u][r] = VI{} + (CODEC == KV_INT8 ? -128 * work.q_high_sum[r] : 0);
+      low[u][r] = VI{} + (CODEC == KV_INT8 ? -128 * work.q_low_sum[r] : 0);
+    }
+  constexpr int E = Elements<CODEC>::count;
+  for (int w = 0; w < dim / E; w++) {
+    VU word[NU];
+    for (int u = 0; u < NU; u++) word[u] = load<VU>(unit[u] + w * 64);
+    for (int part = 0; part < E / 4; part++) {
+      VU codes[NU];
+      for (int u = 0; u < NU; u++)
+        codes[u] = CODEC == KV_INT8 ? word[u] : (part == 0 ? word[u] : word[u] >> 4) & 0x0f0f0f0fu;
+      for (int r = 0; r < R; r++) {
+        const VI qh = word_of(work.q_high + r * MAX_DIM + w * E + part * 4);
+        const VI ql = word_of(work.q_low + r * MAX_DIM + w * E + part * 4);
+        for (int u = 0; u < NU; u++) {
+          high[u][r] = dot4(high[u][r], codes[u], qh);
+          low[u][r] = dot4(low[u][r], codes[u], ql);
+        }
+      }
+    }
+  }
+  for (int u = 0; u < NU; u++)
+    for (int r = 0; r < R; r++)
+      out[u][r] = (to_float(high[u][r]) * 256.0f + to_float(low[u][r])) * work.q_step[r];
+}
+#endif
+
+template <int CODEC, int R, int NU>
+KV_INLINE void score_units(const TokenGroup* groups, int first, int B, int dim, float scale, Work& work) {
+  constexpr int PER_GROUP = GROUP / WIDTH;
+  const uint8_t* unit[NU];
+  for (int u = 0; u < NU; u++)
+    unit[u] = groups[(first + u) / PER_GROUP].k + (first + u) % PER_GROUP * WIDTH * 4;
+  VF acc[NU][R] = {};
+#ifdef KV_VNNI
+  if constexpr (CODEC == KV_INT8 || CODEC == KV_INT4)
+    dot_units_vnni<CODEC, R, NU>(unit, work, dim, acc);
+  else
+#endif
+    dot_units<CODEC, R, NU>(unit, work.q, dim, acc);
+  for (int u = 0; u < NU; u++) {
+    VF step = splat(scale), minimum{};
+    if constexpr (CODEC == KV_INT8 || CODEC == KV_INT4) {
+      const uint16_t* strip = groups[(first + u) / PER_GROUP].k_strip + (first + u) % PER_GROUP * WIDTH;
+      step = load_halves(strip) * scale;
+      if constexpr (CODEC == KV_INT4) minimum = load_halves(strip + B) * scale;
+    }
+    for (int r = 0; r < R; r++) {
+      VF score = acc[u][r] * step;
+      if constexpr (CODEC == KV_INT4) score += minimum * work.q_sum[r];
+      store(work.scores + r * TILE + (first + u) * WIDTH, score);
+    }
+  }
+}
+
+constexpr int units_at_once(int rows) { return rows <= 2 ? 4 : rows <= 4 ? 2 : 1; }
+
+// Scores of `count` groups of one K codec into work.scores (columns from the tile's group `at`).
+template <int CODEC, int R>
+static void score_groups(const TokenGroup* groups, int at, int count, int B, int dim, float scale, Work& work) {
+  constexpr int PER_GROUP = GROUP / WIDTH, NU = units_at_once(R);
+  int u = at * PER_GROUP;
+  const int stop = (at + count) * PER_GROUP;
+  for (; u + NU <= stop; u += NU) score_units<CODEC, R, NU>(groups, u, B, dim, scale, work);
+  for (; u < stop; u++) score_units<CODEC, R, 1>(groups, u, B, dim, scale, work);
+}
+
+// ---- values ---------------------------------------------------------------------------------------------
+
+// acc[r][dims from d0] += weights x values, NV vectors of dims at a time.
+template <int CODEC, int R, int NV>
+KV_INLINE void add_values(const TokenGroup* groups, int at, int count, int d0, int dim, Work& work, float* out) {
+  constexpr int E = Elements<CODEC>::count;
+  VF acc[R][NV];
+  for (int r = 0; r < R; r++)
+    for (int n = 0; n < NV; n++) acc[r][n] = load<VF>(out + r * MAX_DIM + d0 + n * WIDTH);
+  for (int g = at; g < at + count; g++) {
+    const uint8_t* base = groups[g].v + d0 * 4;
+    for (int row = 0; row < GROUP / E; row++, base += dim * 4) {
+      VU word[NV];
+      for (int n = 0; n < NV; n++) word[n] = load<VU>(base + n * WIDTH * 4);
+      const float* weight = work.weights + g * GROUP + row * E;
+#define KV_STEP(J)                                                        \
+  if constexpr (J < E) {                                                  \
+    VF x[NV];                                                             \
+    for (int n = 0; n < NV; n++) x[n] = Elements<CODEC>::template get<J>(word[n]); \
+    for (int r = 0; r < R; r++) {                                         \
+      const float b = weight[r * TILE + J];                           \
+      for (int n = 0; n < NV; n++) acc[r][n] += x[n] * b;                 \
+    }                                                                     \
+  }
+      KV_STEP(0) KV_STEP(1) KV_STEP(2) KV_STEP(3) KV_STEP(4) KV_STEP(5) KV_STEP(6) KV_STEP(7)
+#undef KV_STEP
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int n = 0; n < NV; n++) store(out + r * MAX_DIM + d0 + n * WIDTH, acc[r][n]);
+}
+
+#ifdef KV_VNNI
+// The same with weights as two signed bytes: `step[r]` is the value of one unit of row r's weights.
+template <int CODEC, int R, int NV>
+KV_INLINE void add_values_vnni(const TokenGroup* groups, int at, int count, int d0, int dim, const Work& work,
+                               const int32_t* sums, const float* step, float* out) {
+  constexpr int E = Elements<CODEC>::count;
+  VI high[R][NV], low[R][NV];
+  for (int r = 0; r < R; r++)
+    for (int n = 0; n < NV; n++) {
+      high[r][n] = VI{} + (CODEC == KV_INT8 ? -128 * sums[2 * r] : 0);
+      low[r][n] = VI{} + (CODEC == KV_INT8 ? -128 * sums[2 * r + 1] : 0);
+    }
+  for (int g = at; g < at + count; g++) {
+    const uint8_t* base = groups[g].v + d0 * 4;
+    for (int row = 0; row < GROUP / E; row++, base += dim * 4) {
+      VU word[NV];
+      for (int n = 0; n < NV; n++) word[n] = load<VU>(base + n * WIDTH * 4);
+      for (int part = 0; part < E / 4; part++) {
+        const int column = g * GROUP + row * E + part * 4;
+        VU codes[NV];
+        for (int n = 0; n < NV; n++)
+          codes[n] = CODEC == KV_INT8 ? word[n] : (part == 0 ? word[n] : word[n] >> 4) & 0x0f0f0f0fu;
+        for (int r = 0; r < R; r++) {
+          const VI wh = word_of(work.w_high + r * TILE + column), wl = word_of(work.w_low + r * TILE + column);
+          for (int n = 0; n < NV; n++) {
+            high[r][n] = dot4(high[r][n], codes[n], wh);
+            low[r][n] = dot4(low[r][n], codes[n], wl);
+          }
+        }
+      }
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int n = 0; n < NV; n++) {
+      float* p = out + r * MAX_DIM + d0 + n * WIDTH;
+      const VF sum = to_float(high[r][n]) * 256.0f + to_float(low[r][n]);
+      store(p, load<VF>(p) + sum * step[r]);
+    }
+}
+
+// work.weights of `count` groups -> bytes; step[r] = 0 where all weights are 0, NaN where one is not finite.
+KV_INLINE void quantise_weights(int rows, int at, int count, Work& work, int32_t* sums, float* step) {
+  for (int r = 0; r < rows; r++) {
+    const float* w = work.weights + r * TILE;
+    VF largest{}, poison{};
+    for (int c = at * GROUP; c < (at + count) * GROUP; c += WIDTH) {
+      const VF x = load<VF>(w + c);
+      largest = select(x > largest, x, largest);
+      poison += x * 0.0f;
+    }
+    const float top = horizontal_max(largest);
+    const float inverse = top > 0.0f ? 32512.0f / top : 0.0f;
+    step[r] = top * (1.0f / 32512.0f) + horizontal_sum(poison);
+    VI high_sum{}, low_sum{};
+    for (int c = at * GROUP; c < (at + count) * GROUP; c += WIDTH) {
+      const VI x = (VI)_mm512_cvtps_epi32((__m512)(load<VF>(w + c) * inverse));
+      const VI high = (x + 128) >> 8, low = x - (high << 8);
+      high_sum += high;
+      low_sum += low;
+      _mm_storeu_si128((__m128i*)(work.w_high + r * TILE + c), _mm512_cvtepi32_epi8((__m512i)high));
+      _mm_storeu_si128((__m128i*)(work.w_low + r * TILE + c), _mm512_cvtepi32_epi8((__m512i)low));
+    }
+    sums[2 * r] = _mm512_reduce_add_epi32((__m512i)high_sum);
+    sums[2 * r + 1] = _mm512_reduce_add_epi32((__m512i)low_sum);
+  }
+}
+#endif
+
+// Multiply the weights by V's scales; int4 also adds sum(weight x minimum) to every dim.
+template <int CODEC, int R>
+KV_INLINE void scale_weights(const TokenGroup* groups, int at, int count, int B, int dim, Work& work, float* out) {
+  VF shift[R] = {};
+  for (int g = at; g < at + count; g++)
+    for (int c = 0; c < GROUP; c += WIDTH) {
+      const VF scale = load_halves(groups[g].v_strip + c);
+      VF minimum{};
+      if constexpr (CODEC == KV_INT4) minimum = load_halves(groups[g].v_strip + B + c);
+      for (int r = 0; r < R; r++) {
+        float* p = work.weights + r * TILE + g * GROUP + c;
+        const VF weight = load<VF>(p);
+        // Strips past the context hold anything: a weight of 0 stays 0.
+        store(p, select(weight == 0.0f, VF{}, weight * scale));
+        if constexpr (CODEC == KV_INT4) shift[r] += select(weight == 0.0f, VF{}, weight * minimum);
+      }
+    }
+  if constexpr (CODEC == KV_INT4)
+    for (int r = 0; r < R; r++) {
+      const float s = horizontal_sum(shift[r]);
+      for (int d = 0; d < dim; d++) out[r * MAX_DIM + d] += s;
+    }
+}
+
+template <int CODEC, int R>
+static void value_groups(const TokenGroup* groups, int at, int count, int B, int dim, Work& work, float* out) {
+  constexpr int E = Elements<CODEC>::count, NV = units_at_once(R);
+  if constexpr (CODEC == KV_INT8 || CODEC == KV_INT4)
+    scale_weights<CODEC, R>(groups, at, count, B, dim, work, out);
+  int d = 0;
+#ifdef KV_VNNI
+  if constexpr (CODEC == KV_INT8 || CODEC == KV_INT4) {
+    int32_t sums[2 * R];
+    float step[R];
+    quantise_weights(R, at, count, work, sums, step);
+    for (; d + NV * WIDTH <= dim; d += NV * WIDTH)
+      add_values_vnni<CODEC, R, NV>(groups, at, count, d, dim, work, sums, step, out);
+    for (; d + WIDTH <= dim; d += WIDTH)
+      add_values_vnni<CODEC, R, 1>(groups, at, count, d, dim, work, sums, step, out);
+  }
+#endif
+  for (; d + NV * WIDTH <= dim; d += NV * WIDTH) add_values<CODEC, R, NV>(groups, at, count, d, dim, work, out);
+  for (; d + WIDTH <= dim; d += WIDTH) add_values<CODEC, R, 1>(groups, at, count, d, dim, work, out);
+  for (; d < dim; d++)  // head dims that are no multiple of the vector width
+    for (int r = 0; r < R; r++) {
+      float acc = out[r * MAX_DIM + d];
+      for (int c = at * GROUP; c < (at + count) * GROUP; c++) {
+        const int t = c % GROUP;
+        acc += work.weights[r * TILE + c] * element_at(CODEC, groups[c / GROUP].v + (t / E * dim + d) * 4, t % E);
+      }
+      out[r * MAX_DIM + d] = acc;
+    }
+}
+
+// ---- choosing the instance by codec and row count ---------------------------------------------------------
+
+using GroupKernel = void (*)(const TokenGroup*, int at, int count, int B, int dim, float scale, Work&);
+using ValueKernel = void (*)(const TokenGroup*, int at, int count, int B, int dim, Work&, float*);
+
+#define KV_ROWS(NAME, C) \
+  { NAME<C, 1>, NAME<C, 2>, NAME<C, 3>, NAME<C, 4>, NAME<C, 5>, NAME<C, 6>, NAME<C, 7>, NAME<C, 8> }
+#define KV_CODECS(NAME)                                                                                     \
+  { KV_ROWS(NAME, KV_FP32), KV_ROWS(NAME, KV_BF16), KV_ROWS(NAME, KV_FP16), KV_ROWS(NAME, KV_INT8),          \
+    KV_ROWS(NAME, KV_INT4) }
+static const GroupKernel score_kernels[5][MAX_ROWS] = KV_CODECS(score_groups);
+static const ValueKernel value_kernels[5][MAX_ROWS] = KV_CODECS(value_groups);
+#undef KV_ROWS
+#undef KV_CODECS
+
+// ---- online softmax ---------------------------------------------------------------------------------------
+
+KV_INLINE VF soft_cap(VF x, float cap) {  // cap * tanh(x / cap), |x / cap| kept where tanh is not yet 1
+  VF y = x * (1.0f / cap);
+  y = select(y > 15.0f, splat(15.0f), select(y < -15.0f, splat(-15.0f), y));
+  return cap - 2.0f * cap / (exp_of(y * 2.0f) + 1.0f);
+}
+
+// One row's scores of groups [at, at + count) of the tile at `tile_key` -> weights; updates maximum and total.
+KV_INLINE void softmax_row(const KvAttention& a, Work& work, int r, int dim, int tile_key, int at, int count) {
+  float* scores = work.scores + r * TILE;
+  float* weights = work.weights + r * TILE;
+  const int position = work.position[r];
+  const int lowest = a.window > 0 ? position - a.window + 1 : 0;
+  const int begin = at * GROUP, end = (at + count) * GROUP;
+  VF top = splat(-__builtin_inff());
+  for (int c = begin; c < end; c += WIDTH) {
+    VF s = load<VF>(scores + c);
+    if (a.softcap > 0.0f) s = soft_cap(s, a.softcap);
+    const VI key = lane_index() + (tile_key + c);
+    s = select((key <= position) & (key >= lowest), s, splat(-__builtin_inff()));
+    store(scores + c, s);
+    top = select(s > top, s, top);
+    top = select(s == s, top, s);  // a NaN score must reach the output
+  }
+  float tile_max = horizontal_max(top);
+  for (int i = 0; i < WIDTH; i++)
+    if (top[i] != top[i]) tile_max = top[i];
+  const float old_max = work.split.maximum[r];
+  float new_max = tile_max > old_max ? tile_max : old_max;
+  if (tile_max != tile_max) new_max = old_max > -__builtin_inff() ? old_max : 0.0f;
+  if (new_max == -__builtin_inff()) {
+    for (int c = begin; c < end; c += WIDTH) store(weights + c, VF{});
+    return;
+  }
+  VF sum{};
+  for (int c = begin; c < end; c += WIDTH) {
+    const VF w = exp_of(load<VF>(scores + c) - new_max);
+    store(weights + c, w);
+    sum += w;
+  }
+  if (new_max != old_max) {
+    const float keep = exp_of(old_max - new_max);
+    work.split.total[r] *= keep;
+    float* acc = work.split.acc + r * MAX_DIM;
+    for (int d = 0; d < dim; d++) acc[d] *= keep;
+  }
+  work.split.maximum[r] = new_max;
+  work.split.total[r] += horizontal_sum(sum);
+}
+
+// A float V group that ends past the context: copy it with the unwritten tokens (anything, NaN too) as 0.
+KV_INLINE void clear_tail(TokenGroup& group, int valid, int dim, Work& work) {
+  if (is_integer(group.v_codec)) return;
+  const int E = elements_per_word(group.v_codec), size = 4 / E;
+  __builtin_memcpy(work.v_tail, group.v, static_cast<std::size_t>(GROUP / E) * dim * 4);
+  for (int t = valid; t < GROUP; t++)
+    for (int d = 0; d < dim; d++)
+      __builtin_memset(work.v_tail + (t / E * dim + d) * 4 + t % E * size, 0, size);
+  group.v = work.v_tail;
+}
+
+KV_INLINE void prefetch_group(const TokenGroup& group, int k_bytes, int v_bytes) {
+  for (int i = 0; i < k_bytes; i += 64) __builtin_prefetch(group.k + i);
+  for (int i = 0; i < v_bytes; i += 64) __builtin_prefetch(group.v + i);
+}
+
+KV_INLINE int group_bytes(int codec, int dim) { return GROUP / elements_per_word(codec) * dim * 4; }
+
+// Keys [low, high) of one tile for all rows of the task.
+static int attend_tile(const KvAttention& a, const Task& task, int tile_key, int low, int high, Work& work) {
+  const KvCache& cache = *a.cache;
+  const int32_t* table = a.block_table + task.seq * a.table_stride;
+  const int Dk = cache.body.k.head_dim, Dv = cache.body.v.head_dim, B = cache.block_size;
+  const int at = max_of(0, low - tile_key) / GROUP;
+  const int stop = (min_of(high - tile_key, TILE) + GROUP - 1) / GROUP;
+  TokenGroup groups[TILE / GROUP];
+  for (int g = at; g < stop; g++)
+    if (!find_group(cache, table, task.kv_head, tile_key + g * GROUP, groups[g])) return KV_BAD_BLOCK;
+  const int context_len = a.context_len[task.seq];
+  if (tile_key + stop * GROUP > context_len)
+    clear_tail(groups[stop - 1], context_len - tile_key - (stop - 1) * GROUP, Dv, work);
+  for (int g = at; g < stop;) {
+    int n = 1;
+    while (g + n < stop && groups[g + n].k_codec == groups[g].k_codec) n++;
+    score_kernels[groups[g].k_codec][task.num_rows - 1](groups, g, n, B, Dk, a.scale, work);
+    g += n;
+  }
+  for (int r = 0; r < task.num_rows; r++) softmax_row(a, work, r, Dv, tile_key, at, stop - at);
+  for (int g = at; g < stop;) {
+    int n = 1;
+    while (g + n < stop && groups[g + n].v_codec == groups[g].v_codec) n++;
+    value_kernels[groups[g].v_codec][task.num_rows - 1](groups, g, n, B, Dv, work, work.split.acc);
+    g += n;
+  }
+  return KV_OK;
+}
+
+static void prefetch_tile(const KvAttention& a, const Task& task, int tile_key, int high) {
+  const KvCache& cache = *a.cache;
+  const int32_t* table = a.block_table + task.seq * a.table_stride;
+  for (int key = tile_key; key < min_of(tile_key + TILE, high); key += GROUP) {
+    TokenGroup group;
+    if (find_group(cache, table, task.kv_head, key, group))
+      prefetch_group(group, group_bytes(group.k_codec, cache.body.k.head_dim),
+                     group_bytes(group.v_codec, cache.body.v.head_dim));
+  }
+}
+
+static int attend_split(const KvAttention& a, const Task& task, int split, Work& work) {
+  Partial& part = work.split;
+  const int Dv = a.cache->body.v.head_dim;
+  for (int r = 0; r < task.num_rows; r++) {
+    part.maximum[r] = -__builtin_inff();
+    part.total[r] = 0.0f;
+    for (int d = 0; d < Dv; d++) part.acc[r * MAX_DIM + d] = 0.0f;
+  }
+  int low = split * SPLIT, high = min_of(low + SPLIT, work.position[task.num_rows - 1] + 1);
+  if (a.window > 0) low = max_of(low, work.position[0] - a.window + 1);
+  for (int key = low / TILE * TILE; key < high; key += TILE) {
+    prefetch_tile(a, task, key + TILE, high);
+    const int status = attend_tile(a, task, key, low, high, work);
+    if (status != KV_OK) return status;
+  }
+  return KV_OK;
+}
+
+// ---- queries in, results out --------------------------------------------------------------------------------
+
+static void load_queries(const KvAttention& a, const Task& task, Work& work) {
+  const KvCache& cache = *a.cache;
+  const int Dk = cache.body.k.head_dim, H = a.num_heads, G = H / cache.num_kv_heads;
+  const int start = a.query_start[task.seq], rows = a.query_start[task.seq + 1] - start;
+  for (int r = 0; r < task.num_rows; r++) {
+    const int row = (task.first_row + r) / G, head = task.kv_head * G + (task.first_row + r) % G;
+    work.position[r] = a.context_len[task.seq] - rows + row;
+    const float* source = a.q + (static_cast<int64_t>(start + row) * H + head) * Dk;
+    float* q = work.q + r * MAX_DIM;
+    float top = 0.0f, sum = 0.0f;
+    for (int d = 0; d < Dk; d++) {
+      q[d] = source[d];
+      top = max_of(top, __builtin_fabsf(q[d]));
+      sum += q[d];
+    }
+    work.q_sum[r] = sum;
+    // sum - sum is NaN for a query that is not finite: its scores must not look valid.
+    work.q_step[r] = top * (1.0f / 32512.0f) + (sum - sum);
+    const float inverse = top > 0.0f ? 32512.0f / top : 0.0f;
+    work.q_high_sum[r] = work.q_low_sum[r] = 0;
+    if (!(top < __builtin_inff()) || sum != sum) {
+      __builtin_memset(work.q_high + r * MAX_DIM, 0, Dk);
+      __builtin_memset(work.q_low + r * MAX_DIM, 0, Dk);
+      continue;
+    }
+    for (int d = 0; d < Dk; d++) {
+      const int x = static_cast<int>(__builtin_rintf(q[d] * inverse));
+      const int high = (x + 128) >> 8, low = x - high * 256;
+      work.q_high[r * MAX_DIM + d] = static_cast<int8_t>(high);
+      work.q_low[r * MAX_DIM + d] = static_cast<int8_t>(low);
+      work.q_high_sum[r] += high;
+      work.q_low_sum[r] += low;
+    }
+  }
+}
+
+static void merge(const Partial& part, Partial& running, int rows, int dim) {
+  for (int r = 0; r < rows; r++) {
+    const float old_max = running.maximum[r], new_max = max_of(part.maximum[r], old_max);
+    if (part.maximum[r] == -__builtin_inff()) continue;  // nothing visible in this part
+    const float keep = old_max == -__builtin_inff() ? 0.0f : exp_of(old_max - new_max);
+    const float add = exp_of(part.maximum[r] - new_max);
+    running.maximum[r] = new_max;
+    running.total[r] = running.total[r] * keep + part.total[r] * add;
+    float* acc = running.acc + r * MAX_DIM;
+    const float* other = part.acc + r * MAX_DIM;
+    for (int d = 0; d < dim; d++) acc[d] = acc[d] * keep + other[d] * add;
+  }
+}
+
+static void finish(const KvAttention& a, const Task& task, const Partial& result) {
+  const int Dv = a.cache->body.v.head_dim, H = a.num_heads, G = H / a.cache->num_kv_heads;
+  for (int r = 0; r < task.num_rows; r++) {
+    const int row = (task.first_row + r) / G, head = task.kv_head * G + (task.first_row + r) % G;
+    const int64_t at = static_cast<int64_t>(a.query_start[task.seq] + row) * H + head;
+    float maximum = result.maximum[r], total = result.total[r], keep = 1.0f;
+    if (a.sinks != nullptr) {
+      const float with_sink = max_of(maximum, a.sinks[head]);
+      keep = exp_of(maximum - with_sink);
+      total = total * keep + exp_of(a.sinks[head] - with_sink);
+      maximum = with_sink;
+    }
+    const float factor = keep / total;
+    const float* acc = result.acc + r * MAX_DIM;
+    for (int d = 0; d < Dv; d++) a.out[at * Dv + d] = acc[d] * factor;
+    if (a.lse != nullptr) a.lse[at] = maximum + __builtin_logf(total);
+  }
+}

@@ -1,0 +1,152 @@
+// Records shared by the C ABI (api.cpp), the per-ISA code and ctypes (native.py mirrors them field by field).
+//
+// Layout of a block: see PackedLayout in kvtune/spec.py, which is the definition.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+extern "C" {
+
+// Order is part of the ABI: native.py numbers codecs the same way.
+enum KvCodec : int32_t { KV_FP32 = 0, KV_BF16 = 1, KV_FP16 = 2, KV_INT8 = 3, KV_INT4 = 4 };
+
+enum KvStatus : int32_t { KV_OK = 0, KV_BAD_BLOCK = 1, KV_BAD_ARGUMENT = 2, KV_NO_MEMORY = 3 };
+
+// One side (K or V) of one arena's blocks; offsets in bytes from the start of a block.
+struct KvSide {
+  int32_t codec;
+  int32_t head_dim;
+  int64_t codes_offset;
+  int64_t strip_offset;
+};
+
+struct KvArena {
+  uint8_t* data;
+  int64_t num_blocks;
+  int64_t block_bytes;
+  KvSide k;
+  KvSide v;
+};
+
+// Block ids 0..body.num_blocks-1 are the body's, the following first.num_blocks ids the first arena's.
+struct KvCache {
+  int32_t block_size;
+  int32_t num_kv_heads;
+  KvArena body;
+  KvArena first;
+};
+
+struct KvWrite {
+  const KvCache* cache;
+  const float* k;  // [num_tokens, h, Dk]
+  const float* v;  // [num_tokens, h, Dv]
+  const int64_t* slots;
+  int64_t num_tokens;
+  int32_t num_threads;
+};
+
+struct KvAttention {
+  const KvCache* cache;
+  const float* q;  // [rows, H, Dk]
+  float* out;      // [rows, H, Dv]
+  float* lse;      // [rows, H] log-sum-exp, sink included, or null
+  const int32_t* query_start;
+  const int32_t* context_len;
+  const int32_t* block_table;
+  const float* sinks;  // [H] or null
+  int64_t table_stride;
+  int32_t num_seqs;
+  int32_t num_heads;
+  int32_t window;  // 0: none
+  float scale;
+  float softcap;  // 0: none
+  int32_t num_threads;
+};
+
+struct KvGather {
+  const KvCache* cache;
+  const int32_t* block_ids;
+  float* k;  // [num_tokens, h, Dk]
+  float* v;  // [num_tokens, h, Dv]
+  int64_t num_tokens;
+  int32_t num_threads;
+};
+
+}  // extern "C"
+
+namespace kvtune {
+
+constexpr int MAX_DIM = 512;    // largest head dim
+constexpr int MAX_ROWS = 8;     // query rows of one KV head computed together
+constexpr int GROUP = 16;       // tokens side by side in the packed layout
+constexpr int TILE = 64;        // keys of one online-softmax step, at fixed absolute positions
+constexpr int SPLIT = 1024;     // keys reduced by themselves before merging: results do not depend on threads
+constexpr int SPLIT_ROWS = 64;  // fewer query rows than this may be split over the sequence length
+
+// Up to MAX_ROWS query rows of one KV head of one sequence. Row r of the sequence's rows x G is query row
+// r / G and head kv_head * G + r % G.
+struct Task {
+  int32_t seq;
+  int32_t kv_head;
+  int32_t first_row;
+  int32_t num_rows;
+};
+
+// Running softmax state of the rows of a task.
+struct Partial {
+  float maximum[MAX_ROWS];
+  float total[MAX_ROWS];
+  alignas(64) float acc[MAX_ROWS * MAX_DIM];
+};
+
+// Scratch of one thread.
+struct Work {
+  alignas(64) float q[MAX_ROWS * MAX_DIM];
+  alignas(64) int8_t q_high[MAX_ROWS * MAX_DIM];
+  alignas(64) int8_t q_low[MAX_ROWS * MAX_DIM];
+  alignas(64) float scores[MAX_ROWS * TILE];
+  alignas(64) float weights[MAX_ROWS * TILE];
+  alignas(64) int8_t w_high[MAX_ROWS * TILE];
+  alignas(64) int8_t w_low[MAX_ROWS * TILE];
+  alignas(64) uint8_t v_tail[GROUP * MAX_DIM * 4];
+  int32_t q_high_sum[MAX_ROWS];
+  int32_t q_low_sum[MAX_ROWS];
+  float q_step[MAX_ROWS];
+  float q_sum[MAX_ROWS];
+  int32_t position[MAX_ROWS];
+  Partial split;
+  Partial running;
+};
+
+// What one instruction set offers; the tables live in attention.cpp and write.cpp, compiled once for each.
+struct AttentionTable {
+  // Reduce the task's rows over keys [split * SPLIT, ...) into work.split. Returns a KvStatus.
+  int (*attend_split)(const KvAttention&, const Task&, int split, Work&);
+  // Load the task's query rows into work, in float and in 16-bit fixed point.
+  void (*load_queries)(const KvAttention&, const Task&, Work&);
+  // running <- running merged with part, by log-sum-exp.
+  void (*merge)(const Partial& part, Partial& running, int rows, int dim);
+  // Apply sinks, normalise, store out and lse.
+  void (*finish)(const KvAttention&, const Task&, const Partial&);
+};
+
+struct WriteTable {
+  // Encode one KV head of K (side 0) or V (side 1) of all tokens. Returns a KvStatus.
+  int (*write_head)(const KvWrite&, int kv_head, int side);
+  // Decode one block of a KvGather. Returns a KvStatus.
+  int (*gather_block)(const KvGather&, int64_t index);
+};
+
+#define KV_DECLARE_ISA(NAME)                      \
+  namespace NAME {                                \
+  extern const AttentionTable attention_table;    \
+  extern const WriteTable write_table;            \
+  }
+KV_DECLARE_ISA(portable)
+#ifdef KVTUNE_X86
+KV_DECLARE_ISA(avx2)
+KV_DECLARE_ISA(avx512)
+#endif
+
+}  // namespace kvtune

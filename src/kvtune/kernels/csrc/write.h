@@ -1,0 +1,208 @@
+// Encode and store, decode and gather, for one instruction set. Included inside its namespace, after vec.h,
+// in a file compiled without contraction: the bytes equal those of kvtune/kernels/quantise.py.
+
+KV_INLINE uint32_t bits_of(float x) {
+  uint32_t u;
+  __builtin_memcpy(&u, &x, 4);
+  return u;
+}
+KV_INLINE float float_of(uint32_t u) {
+  float x;
+  __builtin_memcpy(&x, &u, 4);
+  return x;
+}
+KV_INLINE bool is_finite(float x) { return (bits_of(x) & 0x7f800000u) != 0x7f800000u; }
+
+// Round to nearest even. Finite values beyond 65504 saturate (`saturate_fp16` before), NaN is 0x7e00.
+KV_INLINE uint16_t to_fp16(float x) {
+  uint32_t u = bits_of(x);
+  const uint16_t sign = static_cast<uint16_t>((u >> 16) & 0x8000u);
+  u &= 0x7fffffffu;
+  if (u > 0x7f800000u) return 0x7e00;
+  if (u >= 0x47800000u) return static_cast<uint16_t>(sign | 0x7c00);  // infinity
+  if (u < 0x38800000u) return static_cast<uint16_t>(sign | (bits_of(float_of(u) + 0.5f) - 0x3f000000u));
+  return static_cast<uint16_t>(sign | ((u - 0x38000000u + 0xfffu + ((u >> 13) & 1)) >> 13));
+}
+KV_INLINE uint16_t to_bf16(float x) {
+  const uint32_t u = bits_of(x);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
+  return static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1)) >> 16);
+}
+KV_INLINE float clamp(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
+KV_INLINE float saturate_fp16(float x) { return is_finite(x) ? clamp(x, -65504.0f, 65504.0f) : x; }
+// Nearest even for |x| < 2^22.
+KV_INLINE float round_even(float x) { return (x + 12582912.0f) - 12582912.0f; }
+
+// One vector's strip and its uint8 codes.
+struct Quantised {
+  uint16_t scale;
+  uint16_t minimum;
+  uint8_t codes[MAX_DIM];
+};
+
+KV_INLINE bool all_finite(const float* x, int dim) {
+  uint32_t worst = 0;
+  for (int d = 0; d < dim; d++) {
+    const uint32_t magnitude = bits_of(x[d]) & 0x7fffffffu;
+    worst = magnitude > worst ? magnitude : worst;
+  }
+  return worst < 0x7f800000u;
+}
+
+KV_INLINE float divisor_of(uint16_t scale) {
+  const float x = half_to_float(scale);
+  return x > 0.0f ? x : 1.0f;
+}
+
+static void quantise_int8(const float* x, int dim, Quantised& out) {
+  if (!all_finite(x, dim)) {
+    out.scale = 0x7e00;
+    for (int d = 0; d < dim; d++) out.codes[d] = 128;
+    return;
+  }
+  float top = 0.0f;
+  for (int d = 0; d < dim; d++) top = max_of(top, __builtin_fabsf(x[d]));
+  out.scale = to_fp16(saturate_fp16(top / 127.0f));
+  const float divisor = divisor_of(out.scale);
+  for (int d = 0; d < dim; d++)
+    out.codes[d] = static_cast<uint8_t>(static_cast<int>(round_even(clamp(x[d] / divisor, -127.0f, 127.0f))) + 128);
+}
+
+static void quantise_int4(const float* x, int dim, Quantised& out) {
+  if (!all_finite(x, dim)) {
+    out.scale = out.minimum = 0x7e00;
+    for (int d = 0; d < dim; d++) out.codes[d] = 0;
+    return;
+  }
+  float low = x[0], high = x[0];
+  for (int d = 1; d < dim; d++) {
+    low = x[d] < low ? x[d] : low;
+    high = x[d] > high ? x[d] : high;
+  }
+  const float step = (high - low) / 15.0f;  // may overflow to infinity: saturates like any other
+  out.scale = to_fp16(step > 65504.0f ? 65504.0f : step);
+  out.minimum = to_fp16(saturate_fp16(low));
+  if (out.minimum == 0x8000) out.minimum = 0;  // which zero a minimum picks depends on order: keep +0
+  const float base = half_to_float(out.minimum), divisor = divisor_of(out.scale);
+  for (int d = 0; d < dim; d++)
+    out.codes[d] = static_cast<uint8_t>(static_cast<int>(round_even(clamp((x[d] - base) / divisor, 0.0f, 15.0f))));
+}
+
+// Little-endian bytes of element x in a float codec.
+KV_INLINE uint32_t float_code(int codec, float x) {
+  if (codec == KV_BF16) return to_bf16(x);
+  if (codec == KV_FP16) return to_fp16(saturate_fp16(x));
+  return x != x ? 0x7fc00000u : bits_of(x);
+}
+
+// `at`: word 0 of the token; consecutive words of K are 64 bytes apart.
+static void store_k(int codec, const float* x, const Quantised& z, int dim, uint8_t* at) {
+  const int E = elements_per_word(codec), size = 4 / (E < 4 ? E : 4);
+  for (int w = 0; w < dim / E; w++, at += 64) {
+    if (codec == KV_INT4) {
+      const uint8_t* c = z.codes + w * 8;
+      for (int b = 0; b < 4; b++) at[b] = static_cast<uint8_t>(c[b] | c[b + 4] << 4);
+    } else if (codec == KV_INT8) {
+      __builtin_memcpy(at, z.codes + w * 4, 4);
+    } else {
+      for (int j = 0; j < E; j++) {
+        const uint32_t code = float_code(codec, x[w * E + j]);
+        __builtin_memcpy(at + j * size, &code, size);
+      }
+    }
+  }
+}
+
+// `at`: the word row of the token's E neighbours; consecutive dims are 4 bytes apart; `j`: token in the word.
+static void store_v(int codec, const float* x, const Quantised& z, int dim, uint8_t* at, int j) {
+  if (codec == KV_INT4) {
+    const int shift = 4 * (j / 4);
+    at += j % 4;
+    for (int d = 0; d < dim; d++)
+      at[d * 4] = static_cast<uint8_t>((at[d * 4] & ~(15 << shift)) | z.codes[d] << shift);
+  } else if (codec == KV_INT8) {
+    for (int d = 0; d < dim; d++) at[d * 4 + j] = z.codes[d];
+  } else {
+    const int size = 4 / elements_per_word(codec);
+    for (int d = 0; d < dim; d++) {
+      const uint32_t code = float_code(codec, x[d]);
+      __builtin_memcpy(at + d * 4 + j * size, &code, size);
+    }
+  }
+}
+
+static int write_head(const KvWrite& a, int head, int side_index) {
+  const KvCache& cache = *a.cache;
+  const int B = cache.block_size, h = cache.num_kv_heads;
+  Quantised z;
+  for (int64_t n = 0; n < a.num_tokens; n++) {
+    if (a.slots[n] < 0) continue;
+    int64_t block = a.slots[n] / B;
+    const int offset = static_cast<int>(a.slots[n] % B);
+    const KvArena* arena = find_arena(cache, block);
+    if (arena == nullptr) return KV_BAD_BLOCK;
+    const KvSide& side = side_index == 0 ? arena->k : arena->v;
+    const int dim = side.head_dim, E = elements_per_word(side.codec);
+    const float* x = (side_index == 0 ? a.k : a.v) + (n * h + head) * dim;
+    if (side.codec == KV_INT8) quantise_int8(x, dim, z);
+    if (side.codec == KV_INT4) quantise_int4(x, dim, z);
+    uint8_t* base = arena->data + block * arena->block_bytes;
+    uint8_t* codes = base + side.codes_offset;
+    const int64_t token = static_cast<int64_t>(head) * B + offset;
+    if (side_index == 0)
+      store_k(side.codec, x, z, dim, codes + (token / GROUP * GROUP) / E * dim * 4 + token % GROUP * 4);
+    else
+      store_v(side.codec, x, z, dim, codes + token / E * dim * 4, static_cast<int>(token % E));
+    uint8_t* strip = base + side.strip_offset;
+    const int values = strip_values(side.codec);
+    const int64_t first = static_cast<int64_t>(head) * values * B + offset;
+    if (values > 0) __builtin_memcpy(strip + first * 2, &z.scale, 2);
+    if (values > 1) __builtin_memcpy(strip + (first + B) * 2, &z.minimum, 2);
+  }
+  return KV_OK;
+}
+
+// ---- gather: decoded values of one block, [token, head, dim] ------------------------------------------------
+
+KV_INLINE float decoded(int codec, float code, const uint8_t* strip, int64_t at, int B) {
+  if (!is_integer(codec)) return code;
+  uint16_t scale, minimum;
+  __builtin_memcpy(&scale, strip + at * 2, 2);
+  if (codec == KV_INT8) return code * half_to_float(scale);
+  __builtin_memcpy(&minimum, strip + (at + B) * 2, 2);
+  return code * half_to_float(scale) + half_to_float(minimum);
+}
+
+static void gather_side(const KvGather& a, const KvArena& arena, int64_t block, int64_t first, int count, bool is_k) {
+  const KvCache& cache = *a.cache;
+  const KvSide& side = is_k ? arena.k : arena.v;
+  const int B = cache.block_size, h = cache.num_kv_heads, dim = side.head_dim;
+  const int E = elements_per_word(side.codec);
+  const uint8_t* base = arena.data + block * arena.block_bytes;
+  const uint8_t* codes = base + side.codes_offset;
+  for (int t = 0; t < count; t++)
+    for (int head = 0; head < h; head++) {
+      float* out = (is_k ? a.k : a.v) + ((first + t) * h + head) * dim;
+      const int64_t token = static_cast<int64_t>(head) * B + t;
+      const int64_t strip = static_cast<int64_t>(head) * strip_values(side.codec) * B + t;
+      const uint8_t* word = is_k ? codes + (token / GROUP * GROUP) / E * dim * 4 + token % GROUP * 4
+                                 : codes + token / E * dim * 4;
+      for (int d = 0; d < dim; d++) {
+        const float code = is_k ? element_at(side.codec, word + d / E * 64, d % E)
+                                : element_at(side.codec, word + d * 4, static_cast<int>(token % E));
+        out[d] = decoded(side.codec, code, base + side.strip_offset, strip, B);
+      }
+    }
+}
+
+static int gather_block(const KvGather& a, int64_t index) {
+  const int64_t first = index * a.cache->block_size;
+  const int64_t left = a.num_tokens - first;
+  const int count = static_cast<int>(left < a.cache->block_size ? left : a.cache->block_size);
+  int64_t block = a.block_ids[index];
+  const KvArena* arena = find_arena(*a.cache, block);
+  if (arena == nullptr) return KV_BAD_BLOCK;
+  gather_side(a, *arena, block, first, count, true);
+  gather_side(a, *arena, block, first, count, false);
+  return KV_OK;
+}

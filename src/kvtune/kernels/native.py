@@ -1,0 +1,235 @@
+"""The native library through ctypes: plain C records, tensors by address, no torch and no Python ABI.
+
+The C++ sources are in csrc/. `num_threads` follows torch's at each call; with one, no thread is started.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+
+from kvtune.errors import HostError, InvariantError, UsageError
+from kvtune.kernels.batch import AttentionBatch, LayerCache
+from kvtune.kernels.reference import Masking
+from kvtune.spec import PackedLayout
+
+__all__ = ["MAX_HEAD_DIM", "NativeLibrary", "library_path"]
+
+ABI_VERSION = 1
+MAX_HEAD_DIM = 512
+CODEC_NUMBERS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3, "int4": 4}
+STATUS = {1: "a block id is outside the arenas", 2: "an argument was refused", 3: "out of memory"}
+
+
+class _Side(ctypes.Structure):
+    _fields_ = (
+        ("codec", c_int32),
+        ("head_dim", c_int32),
+        ("codes_offset", c_int64),
+        ("strip_offset", c_int64),
+    )
+
+
+class _Arena(ctypes.Structure):
+    _fields_ = (
+        ("data", c_void_p),
+        ("num_blocks", c_int64),
+        ("block_bytes", c_int64),
+        ("k", _Side),
+        ("v", _Side),
+    )
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = (("block_size", c_int32), ("num_kv_heads", c_int32), ("body", _Arena), ("first", _Arena))
+
+
+class _Write(ctypes.Structure):
+    _fields_ = (
+        ("cache", POINTER(_Cache)),
+        ("k", c_void_p),
+        ("v", c_void_p),
+        ("slots", c_void_p),
+        ("num_tokens", c_int64),
+        ("num_threads", c_int32),
+    )
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = (
+        ("cache", POINTER(_Cache)),
+        ("q", c_void_p),
+        ("out", c_void_p),
+        ("lse", c_void_p),
+        ("query_start", c_void_p),
+        ("context_len", c_void_p),
+        ("block_table", c_void_p),
+        ("sinks", c_void_p),
+        ("table_stride", c_int64),
+        ("num_seqs", c_int32),
+        ("num_heads", c_int32),
+        ("window", c_int32),
+        ("scale", c_float),
+        ("softcap", c_float),
+        ("num_threads", c_int32),
+    )
+
+
+class _Gather(ctypes.Structure):
+    _fields_ = (
+        ("cache", POINTER(_Cache)),
+        ("block_ids", c_void_p),
+        ("k", c_void_p),
+        ("v", c_void_p),
+        ("num_tokens", c_int64),
+        ("num_threads", c_int32),
+    )
+
+
+def library_path() -> Path | None:
+    """Where the built library lies: beside this module, or wherever the package was installed from."""
+    import kvtune  # noqa: PLC0415  the package's search path knows both places of an editable install
+
+    for root in kvtune.__path__:
+        path = Path(root) / "kernels" / "libkvtune_kernels.so"
+        if path.is_file():
+            return path
+    return None
+
+
+class NativeLibrary:
+    """A loaded library and the instruction set to use. HostError if it does not load or lacks the set."""
+
+    def __init__(self, path: Path, isa: str = "auto") -> None:
+        try:
+            self._library = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise HostError(f"native kernels {path} do not load: {error}") from None
+        version = int(self._library.kvtune_abi_version())
+        if version != ABI_VERSION:
+            raise HostError(
+                f"native kernels {path} speak ABI {version}, this kvtune needs {ABI_VERSION}: rebuild"
+            )
+        self._library.kvtune_find_isa.argtypes = (c_char_p,)
+        self._library.kvtune_isa_name.argtypes = (c_int32,)
+        self._library.kvtune_isa_name.restype = c_char_p
+        self._isa = int(self._library.kvtune_find_isa(isa.encode()))
+        if self._isa < 0:
+            raise UsageError(
+                f"instruction set {isa!r} is not available here; use auto, portable, avx2 or avx512"
+            )
+        self.isa: str = self._library.kvtune_isa_name(self._isa).decode()
+
+    def write(self, cache: LayerCache, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
+        """Encode and store; see kvtune.kernels.store_kv. Slots were checked by the caller."""
+        k, v, slots = _floats(k), _floats(v), slots.to(torch.int64).contiguous()
+        record = _cache_record(cache)
+        args = _Write(
+            ctypes.pointer(record),
+            k.data_ptr(),
+            v.data_ptr(),
+            slots.data_ptr(),
+            slots.shape[0],
+            torch.get_num_threads(),
+        )
+        self._call("kvtune_write", args)
+
+    def attention(
+        self,
+        q: torch.Tensor,
+        cache: LayerCache,
+        batch: AttentionBatch,
+        masking: Masking,
+        lse: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """q [N, H, Dk] -> [N, H, Dv] in q.dtype; `lse` float32 [N, H] receives the log-sum-exp, sinks too."""
+        dtype, q = q.dtype, _floats(q)
+        num_rows = _check_rows(q, batch, cache)
+        out = torch.empty(*q.shape[:2], cache.layout.v_head_dim, dtype=torch.float32)
+        out[num_rows:] = 0
+        starts, lengths, table = (
+            x.to(torch.int32).contiguous() for x in (batch.query_start, batch.context_len, batch.block_table)
+        )
+        sinks = None if masking.sinks is None else _floats(masking.sinks)
+        record = _cache_record(cache)
+        args = _Attention(
+            ctypes.pointer(record),
+            q.data_ptr(),
+            out.data_ptr(),
+            None if lse is None else lse.data_ptr(),
+            starts.data_ptr(),
+            lengths.data_ptr(),
+            table.data_ptr(),
+            None if sinks is None else sinks.data_ptr(),
+            table.shape[1],
+            batch.num_seqs,
+            q.shape[1],
+            masking.window or 0,
+            masking.scale,
+            masking.softcap or 0.0,
+            torch.get_num_threads(),
+        )
+        self._call("kvtune_attention", args)
+        return out.to(dtype)
+
+    def gather(
+        self, cache: LayerCache, block_ids: torch.Tensor, num_tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decoded float32 (k [n, h, Dk], v [n, h, Dv]) of the first tokens of a row of blocks."""
+        layout, ids = cache.layout, block_ids.to(torch.int32).contiguous()
+        k = torch.empty(num_tokens, layout.num_kv_heads, layout.k_head_dim)
+        v = torch.empty(num_tokens, layout.num_kv_heads, layout.v_head_dim)
+        record = _cache_record(cache)
+        args = _Gather(
+            ctypes.pointer(record),
+            ids.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+            num_tokens,
+            torch.get_num_threads(),
+        )
+        self._call("kvtune_gather", args)
+        return k, v
+
+    def _call(self, function: str, args: ctypes.Structure) -> None:
+        status = int(getattr(self._library, function)(ctypes.byref(args), c_int32(self._isa)))
+        if status:
+            raise InvariantError(f"{function}: {STATUS.get(status, f'status {status}')}")
+
+
+def _floats(x: torch.Tensor) -> torch.Tensor:
+    return x.detach().to(torch.float32).contiguous()
+
+
+def _arena_record(arena: torch.Tensor, layout: PackedLayout) -> _Arena:
+    k = _Side(CODEC_NUMBERS[layout.k_codec], layout.k_head_dim, 0, layout.k_strip_offset)
+    v = _Side(CODEC_NUMBERS[layout.v_codec], layout.v_head_dim, layout.v_codes_offset, layout.v_strip_offset)
+    return _Arena(arena.data_ptr(), arena.shape[0], layout.block_bytes, k, v)
+
+
+def _cache_record(cache: LayerCache) -> _Cache:
+    first = _Arena()
+    if cache.first_arena is not None and cache.first_layout is not None:
+        first = _arena_record(cache.first_arena, cache.first_layout)
+    body = _arena_record(cache.arena, cache.layout)
+    return _Cache(cache.layout.block_size, cache.layout.num_kv_heads, body, first)
+
+
+def _check_rows(q: torch.Tensor, batch: AttentionBatch, cache: LayerCache) -> int:
+    """The library trusts these numbers with memory: check them once per call. Returns the rows in use."""
+    rows = batch.query_start.diff()
+    width = batch.block_table.shape[1] * cache.layout.block_size
+    num_rows = int(batch.query_start[-1])
+    if batch.num_seqs == 0:
+        return num_rows
+    low, high = int(rows.min()), int(batch.context_len.max())
+    shortest = int((batch.context_len - rows).min())
+    if int(batch.query_start[0]) != 0 or low < 0 or num_rows > q.shape[0] or high > width or shortest < 0:
+        raise UsageError(
+            f"attention batch does not fit: {num_rows} rows in q of {q.shape[0]}, context up to {high} in a "
+            f"block table of {width} tokens, fewest tokens before the first row {shortest}"
+        )
+    return num_rows
