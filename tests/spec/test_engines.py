@@ -89,6 +89,36 @@ def test_vllm_counts_blocks_as_it_logs_them() -> None:
     )
 
 
+# bf16, 131,072 tokens, 8,192 batched tokens, blocks of 16, one rank: get_kv_cache_groups and
+# _max_memory_usage_bytes_from_groups of vLLM 0.32 run on specs of the same layers
+VLLM_BYTES = {
+    "Llama-3.1-8B": 17_179_869_184,
+    "gpt-oss-120b": 5_139_136_512,
+    "gpt-oss-20b": 3_426_091_008,
+    "gemma-3-27b-it": 15_275_130_880,
+    "gemma-4-26B-A4B-it": 4_575_068_160,
+    "gemma-3n-E4B-it": 1_359_478_784,
+    "Qwen3-Next-80B-A3B-Instruct": 3_321_888_768,
+    "Qwen3.5-27B": 8_786_018_304,
+    "NVIDIA-Nemotron-3-Nano-30B-A3B-BF16": 862_814_208,
+    "Jamba-v0.1": 2_165_833_728,
+    "Mistral-7B-v0.1": 1_612_709_888,
+}
+
+
+@pytest.mark.parametrize("model", VLLM_BYTES)
+def test_a_sequence_takes_as_many_bytes_as_vllms_own_planner_says(model: str) -> None:
+    assert allocator_bytes(spec_of(model), 131_072, BF16, "vllm", Paging(chunk=8192)) == VLLM_BYTES[model]
+
+
+def test_llama_4s_chunks_take_as_many_bytes_as_vllms_own_planner_says() -> None:
+    spec = ModelSpec.from_config({
+        "model_type": "llama4_text", "num_hidden_layers": 48, "num_attention_heads": 40,
+        "num_key_value_heads": 8, "head_dim": 128, "hidden_size": 5120, "attention_chunk_size": 8192,
+    })  # fmt: skip
+    assert allocator_bytes(spec, 131_072, BF16, "vllm", Paging(chunk=8192)) == 8_858_370_048
+
+
 def test_tensor_parallel_ranks_beyond_the_kv_heads_replicate_them() -> None:
     spec = spec_of("Llama-3.1-70B")
     for engine in ENGINES:
@@ -113,7 +143,6 @@ def test_mla_is_replicated_on_every_rank() -> None:
         ("vllm", "int8", (128 + 4) / 128),
         ("vllm", "int4", (64 + 4) / 128),
         ("vllm", "nvfp4", 0.5625),
-        ("vllm", "k8v4", (128 + 64 + 4) / 256),
         ("trtllm", "int8", 1),
         ("sglang", "fp8", 1),
         ("kvtune", "int8", (128 + 2) / 128),
@@ -125,6 +154,11 @@ def test_a_kv_dtype_costs_its_codes_and_its_scales(engine: str, kv_dtype: str, p
     spec = spec_of("Llama-3.1-8B")
     kv = kv_format(engine, kv_dtype, spec)
     assert growth_bytes_per_token(spec, kv) == 32 * 8 * 2 * 128 * per_element
+
+
+def test_vllms_k8v4_is_sized_where_it_covers_every_attention_layer() -> None:
+    spec = spec_of("Qwen3.5-27B")
+    assert growth_bytes_per_token(spec, kv_format("vllm", "k8v4", spec)) == 16 * 4 * (256 + 128 + 4)
 
 
 def test_auto_stores_the_checkpoints_type_and_v32_in_fp8_on_vllm() -> None:
@@ -140,6 +174,7 @@ def test_auto_stores_the_checkpoints_type_and_v32_in_fp8_on_vllm() -> None:
         ("sglang", "int4", "Llama-3.1-8B"),
         ("vllm", "int8", "DeepSeek-V3"),
         ("vllm", "fp7", "Llama-3.1-8B"),
+        ("vllm", "k8v4", "Llama-3.1-8B"),
         ("llamacpp", "bf16", "Llama-3.1-8B"),
     ],
 )

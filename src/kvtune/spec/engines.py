@@ -82,20 +82,28 @@ def kv_format(engine: str, kv_dtype: str, spec: ModelSpec) -> KVFormat:
     """
     if engine not in _FORMATS:
         raise UsageError(f"unknown engine {engine!r}; known: {', '.join(_FORMATS)}")
-    has_mla = any(layer.kind is LayerKind.MLA for layer in spec.layers)
     has_index = any(layer.index_bytes for layer in spec.layers)
     if kv_dtype == "auto":  # vLLM serves DeepSeek-V3.2 with an fp8 cache unless told otherwise
         kv_dtype = "fp8" if engine == "vllm" and has_index else spec.dtype
-    known = [name for name in _FORMATS[engine] if engine == "kvtune" or not has_mla or name in _MLA_DTYPES]
+    known = [name for name in _FORMATS[engine] if _can_size(engine, name, spec)]
     if kv_dtype not in known:
-        what = "for MLA models" if kv_dtype in _FORMATS[engine] else ""
         raise UsageError(
-            " ".join(f"engine {engine} has no {kv_dtype!r} KV cache {what}".split())
-            + f"; it has: auto, {', '.join(known)}"
+            f"engine {engine} has no {kv_dtype!r} KV cache that can be sized for {spec.model_type}; "
+            f"it has: auto, {', '.join(known)}"
         )
     if engine == "vllm" and kv_dtype == "fp8" and has_index:
         return _both(_FP8_DS_MLA)
     return _FORMATS[engine][kv_dtype]
+
+
+def _can_size(engine: str, kv_dtype: str, spec: ModelSpec) -> bool:
+    if engine == "kvtune":
+        return True
+    if any(layer.kind is LayerKind.MLA for layer in spec.layers):
+        return kv_dtype in _MLA_DTYPES
+    # vLLM keeps the first and last two layers of models without recurrent layers in 16 bit under k8v4,
+    # in pages padded to a shared size we do not model.
+    return kv_dtype != "k8v4" or any(layer.state_bytes for layer in spec.layers)
 
 
 def allocator_bytes(spec: ModelSpec, num_tokens: int, kv: KVFormat, engine: str, paging: Paging) -> int:
