@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -136,17 +137,26 @@ def _read_weights(path: Path, dtype: str) -> PreTrainedModel:
     _weight_files(path)
     try:
         with _quiet_transformers():
-            return AutoModelForCausalLM.from_pretrained(
+            model, report = AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype="auto" if dtype == "auto" else _DTYPES[dtype],
                 attn_implementation="eager",
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
+                output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UnsupportedModelError(f"Transformers cannot load {path}: {reason}") from error
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise InputFileError(f"Transformers cannot load {path}: {_first_line(error)}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:  # Transformers would run them with random values
+        raise InputFileError(f"{path} lacks {len(missing)} weights, the first is {missing[0]}")
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 @contextmanager
@@ -199,8 +209,7 @@ def _read_tokenizer(path: Path) -> TokenDecoder | None:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputFileError(f"cannot read the tokenizer in {path}: {reason}") from error
+        raise InputFileError(f"cannot read the tokenizer in {path}: {_first_line(error)}") from error
     return cast(TokenDecoder, tokenizer)
 
 
