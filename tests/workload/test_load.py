@@ -78,6 +78,23 @@ def test_a_pretty_printed_list_larger_than_the_read_window_is_read_whole_and_err
         load_workload(path)
 
 
+def test_a_wrong_field_in_a_pretty_printed_list_is_reported_at_the_first_line_of_its_element(tmp_path):
+    talks = [{"id": f"t{i}", "conversations": [*TALK, {"from": "x", "value": "e" * 500}]} for i in range(300)]
+    talks[250]["conversations"] = [{"from": "human", "value": 5}]
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps(talks, indent=1))
+    line = path.read_text().splitlines().index('  "id": "t250",')  # the brace is the line before
+    with pytest.raises(InputFileError, match=rf"line {line}: 'value' must be text"):
+        load_workload(path, format="sharegpt")
+
+
+def test_a_second_answer_in_a_row_makes_no_second_request(tmp_path):
+    talk = [*TALK[1:3], {"from": "gpt", "value": "or one"}, *TALK[3:5]]
+    first, second = load_workload(write(tmp_path, "s.jsonl", {"conversations": talk})).requests
+    assert (first.answer, second.answer) == ("1.", "2.")
+    assert [m.content for m in second.messages] == ["One?", "1.", "or one", "Two?"]
+
+
 def test_openai_chat_keeps_the_bound_and_takes_a_final_assistant_message_as_the_answer(tmp_path):
     ask = {"role": "user", "content": [{"type": "text", "text": "Hi "}, {"type": "text", "text": "there"}]}
     path = write(
@@ -126,6 +143,11 @@ def test_the_inferred_block_size_is_right_or_not_given(tmp_path, size):
     else:
         with pytest.raises(UsageError, match="--trace-block-size"):
             load_workload(path)
+
+
+def test_a_block_size_bounded_only_by_partial_blocks_is_found(tmp_path):
+    path = write(tmp_path, "m.jsonl", *hashed((11, [0, 1]), (7, [2, 3])))  # 6 <= B and B < 7
+    assert load_workload(path).block_size == 6
 
 
 def test_a_block_size_the_rows_do_not_determine_must_be_given(tmp_path):

@@ -70,6 +70,19 @@ def test_longest_common_prefix_in_blocks_equals_that_of_the_hash_ids(scale):
         assert shared // block == common(ids[i], ids[j])
 
 
+def test_last_blocks_of_one_token_differ_for_neighbouring_ids():
+    made = materialise(trace(*((513, [0, k]) for k in range(1, 900))), vocab_size=1000, max_model_len=4096)
+    assert len({r.prompt_token_ids for r in made.requests}) == 899
+
+
+def test_shrunk_last_blocks_keep_enough_tokens_to_tell_any_ids_apart():
+    ids = [3 + 1996 * k for k in range(20)]  # equal lowest digit: 2,000 ids less the 4 reserved
+    made = materialise(
+        trace(*((513, [0, k]) for k in ids)), vocab_size=2000, max_model_len=4096, scale=1 / 16
+    )
+    assert len({r.prompt_token_ids for r in made.requests}) == 20
+
+
 def test_lengths_are_exact_at_scale_one_and_rounded_within_blocks_below():
     workload = trace((1300, [0, 1, 2]), (512, [0]), (1, [9]), output_length=100)
     exact = materialise(workload, vocab_size=2000, max_model_len=4096)

@@ -64,7 +64,7 @@ def hashed(*paths: list[int]) -> list[WorkloadRequest]:
 
 
 def test_requests_that_continue_each_other_are_one_session_and_a_common_system_prompt_is_none():
-    sessions = [[0, 1, 100 + i] for i in range(30)]
+    sessions = [[0, 1, 2, 100 + i] for i in range(30)]
     turns = [[*path, 1000 + i] for i, path in enumerate(sessions)]
     labels = session_labels(hashed(*sessions, *turns))
     assert labels[:30] == labels[30:]

@@ -63,15 +63,20 @@ class Row:
         return number
 
     def text(self, name: str, *, default: str | None = None) -> str:
-        """A string; whole numbers are accepted as identifiers."""
+        """A string."""
         value = self.fields.get(name)
         if value is None:
             return default if default is not None else self._missing(name)
-        if isinstance(value, int) and not isinstance(value, bool):
-            return str(value)
         if not isinstance(value, str):
             self.fail(f"'{name}' must be text, found {_shown(value)}")
         return value
+
+    def identifier(self, name: str, *, default: str | None = None) -> str:
+        """A string, or a whole number that serves as a name."""
+        value = self.fields.get(name)
+        if isinstance(value, int) and not isinstance(value, bool) and abs(value) <= MAX_INTEGER:
+            return str(value)
+        return self.text(name, default=default)
 
     def integers(self, name: str, *, low: int = -MAX_INTEGER) -> tuple[int, ...]:
         """A list of whole numbers of at least `low`."""

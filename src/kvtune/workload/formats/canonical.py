@@ -27,7 +27,7 @@ def parse(row: Row) -> Iterator[WorkloadRequest]:
         return
     optional = row.fields.get
     yield WorkloadRequest(
-        request_id=row.text("request_id"),
+        request_id=row.identifier("request_id"),
         arrival_s=row.number("arrival_s", default=0.0),
         prompt=None if optional("prompt") is None else row.text("prompt"),
         messages=tuple(Message(m.text("role"), m.text("content")) for m in _optional_rows(row, "messages")),

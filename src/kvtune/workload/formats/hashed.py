@@ -19,12 +19,12 @@ _MILLISECOND: Final = 1e-3
 
 def parse_mooncake(row: Row) -> Iterator[WorkloadRequest]:
     yield WorkloadRequest(
-        request_id=row.text("request_id", default=f"line-{row.line}"),
+        request_id=row.identifier("request_id", default=f"line-{row.line}"),
         arrival_s=row.number("timestamp", default=0.0) * _MILLISECOND,
         input_length=row.integer("input_length"),
         output_length=row.optional_integer("output_length"),
         hash_ids=row.integers("hash_ids", low=0),
-        session_id=row.text("session_id", default=""),
+        session_id=row.identifier("session_id", default=""),
         priority=row.integer("priority", default=0),
     )
 
@@ -32,12 +32,12 @@ def parse_mooncake(row: Row) -> Iterator[WorkloadRequest]:
 def parse_bailian(row: Row) -> Iterator[WorkloadRequest]:
     kind = row.text("type", default="")
     yield WorkloadRequest(
-        request_id=row.text("chat_id"),
+        request_id=row.identifier("chat_id"),
         arrival_s=row.number("timestamp", default=0.0),
         input_length=row.integer("input_length"),
         output_length=row.optional_integer("output_length"),
         hash_ids=row.integers("hash_ids", low=0),
-        session_id=row.text("parent_chat_id", default="-1"),
+        session_id=row.identifier("parent_chat_id", default="-1"),
         tags={"kind": kind} if kind else {},
     )
 

@@ -34,7 +34,7 @@ def parse_burstgpt(row: Row) -> Iterator[WorkloadRequest]:
         arrival_s=row.number("Timestamp"),
         input_length=_whole(row, "Request tokens"),
         output_length=_whole(row, "Response tokens"),
-        session_id=row.text("Session ID", default=""),
+        session_id=row.identifier("Session ID", default=""),
         tags={"model": model} if model else {},
     )
 

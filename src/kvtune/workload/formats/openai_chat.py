@@ -16,19 +16,21 @@ from kvtune.workload.row import Row
 
 
 def parse_chat(row: Row) -> Iterator[WorkloadRequest]:
-    yield _request(row, row.text("request_id", default=row.text("id", default=f"line-{row.line}")))
+    yield _request(
+        row, row.identifier("request_id", default=row.identifier("id", default=f"line-{row.line}"))
+    )
 
 
 def parse_batch(row: Row) -> Iterator[WorkloadRequest]:
     body = row.row("body")
-    yield _request(body, row.text("custom_id", default=f"line-{row.line}"))
+    yield _request(body, row.identifier("custom_id", default=f"line-{row.line}"))
 
 
 def _request(row: Row, request_id: str) -> WorkloadRequest:
     common = WorkloadRequest(
         request_id=request_id,
         arrival_s=row.number("arrival_s", default=0.0),
-        session_id=row.text("session_id", default=""),
+        session_id=row.identifier("session_id", default=""),
         cache_salt=row.text("cache_salt", default=""),
         priority=row.integer("priority", default=0),
         max_tokens=_first_integer(row, "max_completion_tokens", "max_tokens"),

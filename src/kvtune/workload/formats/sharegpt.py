@@ -21,7 +21,7 @@ _ROLES: Final = {
 
 
 def parse(row: Row) -> Iterator[WorkloadRequest]:
-    session = row.text("id", default=f"line-{row.line}")
+    session = row.identifier("id", default=f"line-{row.line}")
     history: list[Message] = []
     for turn in row.rows("conversations"):
         role, text = turn.text("from").lower(), turn.text("value")
