@@ -1,0 +1,213 @@
+"""Turns a recipe into what runs it: a `vllm serve` command or a Python snippet.
+
+A recipe is proven for one engine. Another engine gets it only where every reader of the cache sees the
+same numbers (K and V in the model's own 16-bit type); a lossy codec of one engine is not the other's, so
+it is refused with the command that would prove one there.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvtune.adapters.vllm_install import knob_flags
+from kvtune.config import parse_bytes
+from kvtune.errors import UsageError
+from kvtune.recipe import Recipe
+
+__all__ = ["TARGETS", "Emission", "check_flags", "emit_recipe"]
+
+_LOSSLESS_VLLM = ("auto", "bfloat16", "float16")
+_LOSSLESS_OURS = ("bf16", "fp16", "fp32")
+KERNEL_BLOCK = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Emission:
+    """`text` is what to paste; `command` its words (None for Python); `warnings` stand in it as comments."""
+
+    target: str
+    text: str
+    command: tuple[str, ...] | None
+    warnings: tuple[str, ...] = ()
+
+
+def emit_recipe(recipe: Recipe, path: Path, target: str) -> Emission:
+    """`recipe` (read from `path`) for `target`. UsageError where it cannot be carried over, saying why."""
+    if target not in TARGETS:
+        raise UsageError(f"unknown target {target!r}; known: {', '.join(TARGETS)}")
+    return TARGETS[target](recipe, path)
+
+
+def check_flags(command: Sequence[str], known: Sequence[str], version: str) -> None:
+    """UsageError naming the first flag that an installed vLLM does not have."""
+    for word in command:
+        if word.startswith("--") and word not in known:
+            raise UsageError(f"vLLM {version} has no {word}; run `kvtune tune --engine vllm` with it again")
+
+
+# -- vLLM --
+
+
+def _emit_vllm(recipe: Recipe, _path: Path) -> Emission:
+    if recipe.engine["name"] == "vllm":
+        knobs, warnings = recipe.knobs, _verdict_warnings(recipe)
+        model = _model(recipe)
+        launcher = [str(word) for word in recipe.engine.get("launcher") or ("vllm", "serve", model)]
+        flags = [str(flag) for flag in recipe.engine.get("flags") or _engine_flags(recipe)]
+        if "-m" in launcher:
+            warnings.append("this build has no working `vllm` command, so its API server module is started")
+    else:
+        knobs, warnings = _carry_to_vllm(recipe)
+        launcher, flags = ["vllm", "serve", _model(recipe)], _engine_flags(recipe)
+    command = [*launcher, *knob_flags(knobs), *_budget_flags(recipe), *flags]
+    return Emission(
+        target="vllm",
+        text=_header(recipe, "vLLM", warnings) + _shell(command),
+        command=tuple(command),
+        warnings=tuple(warnings),
+    )
+
+
+def _carry_to_vllm(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
+    """Our engine's knobs as vLLM's; only the lossless ones have an equal there."""
+    _require_own(recipe)
+    cache = recipe.configuration["cache"]
+    codecs = _own_codecs(cache)
+    if not codecs <= set(_LOSSLESS_OURS):
+        stored = " and ".join(sorted(codecs))
+        raise UsageError(
+            f"this recipe stores K and V as {stored}, proven with kvtune's codecs; vLLM has no equal of "
+            f"them. Emit --target transformers, or prove its own: kvtune tune {_model(recipe)} --engine vllm"
+        )
+    knobs: dict[str, Any] = {"kv_dtype": "auto"}
+    shared = ("block_size", "enable_prefix_caching", "max_num_seqs", "max_num_batched_tokens")
+    knobs |= {name: recipe.knobs[name] for name in shared if name in recipe.knobs}
+    warnings = _verdict_warnings(recipe)
+    warnings.append("measured on kvtune's engine, not on vLLM: answers stay, speed is not proven here")
+    warnings.append("vLLM on CPU takes blocks of 32 tokens and up; its own default is 128")
+    return knobs, warnings
+
+
+def _budget_flags(recipe: Recipe) -> list[str]:
+    budget = recipe.configuration["cache"].get("kv_budget")
+    return [] if budget is None else ["--kv-cache-memory-bytes", str(parse_bytes(budget))]
+
+
+def _engine_flags(recipe: Recipe) -> list[str]:
+    engine = recipe.configuration["engine"]
+    names = (("dtype", "--dtype"), ("max_model_len", "--max-model-len"))
+    return [word for key, flag in names if engine.get(key) is not None for word in (flag, str(engine[key]))]
+
+
+def _shell(words: Sequence[str]) -> str:
+    """One flag with its value per line, so that a diff of two commands reads well."""
+    lines: list[str] = []
+    for word in words:
+        quoted = shlex.quote(word)
+        if not lines or (word.startswith("--") and word != "--model"):
+            lines.append(quoted)
+        else:
+            lines[-1] += " " + quoted
+    return " \\\n  ".join(lines) + "\n"
+
+
+# -- Transformers --
+
+
+def _emit_transformers(recipe: Recipe, path: Path) -> Emission:
+    """Our engine over the Transformers model: what can hold a recipe's codecs there."""
+    warnings = _verdict_warnings(recipe)
+    if recipe.engine["name"] == "kvtune":
+        build = f"engine = Engine.from_recipe({str(path.resolve())!r})"
+        names = "Engine, SamplingParams"
+    else:
+        names = "CacheConfig, Engine, SamplingParams, SchedulerConfig"
+        build = _carried_engine(recipe, warnings)
+    snippet = (
+        f"from kvtune import {names}\n\n"
+        f"{build}\n"
+        'outputs = engine.generate(["Hello"], SamplingParams(max_tokens=64, temperature=0.0))\n'
+        "print(outputs[0].text)\n"
+    )
+    text = _header(recipe, "kvtune over Transformers", warnings) + snippet
+    return Emission(target="transformers", text=text, command=None, warnings=tuple(warnings))
+
+
+def _carried_engine(recipe: Recipe, warnings: list[str]) -> str:
+    knobs = recipe.knobs
+    kv_dtype = knobs.get("kv_dtype", "auto")
+    if recipe.engine["name"] != "vllm" or kv_dtype not in _LOSSLESS_VLLM:
+        raise UsageError(
+            f"this recipe stores the cache as {kv_dtype} in {recipe.engine['name']}, which kvtune over "
+            f"Transformers has no equal of; prove its codecs: kvtune tune {_model(recipe)} --engine kvtune"
+        )
+    cache: dict[str, Any] = {"enable_prefix_caching": knobs.get("enable_prefix_caching", True)}
+    if "kv_budget" in recipe.configuration["cache"]:
+        cache["kv_budget"] = recipe.configuration["cache"]["kv_budget"]
+    block_size = int(knobs.get("block_size", KERNEL_BLOCK))
+    cache["block_size"] = -(-block_size // KERNEL_BLOCK) * KERNEL_BLOCK
+    if cache["block_size"] != block_size:
+        warnings.append(
+            f"block size {block_size} is no multiple of {KERNEL_BLOCK}; {cache['block_size']} here"
+        )
+    scheduler = {k: knobs[k] for k in ("max_num_seqs", "max_num_batched_tokens") if k in knobs}
+    warnings.append("measured on vLLM, not on kvtune's engine: answers stay, speed is not proven here")
+    return (
+        f"engine = Engine.from_pretrained(\n    {_model(recipe)!r},\n"
+        f"    cache=CacheConfig({_keywords(cache)}),\n"
+        f"    scheduler=SchedulerConfig({_keywords(scheduler)}),\n)"
+    )
+
+
+def _keywords(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in values.items())
+
+
+# -- both --
+
+
+def _own_codecs(cache: Mapping[str, Any]) -> set[str]:
+    codecs = {str(cache.get("k_codec", "bf16")), str(cache.get("v_codec", "bf16"))}
+    for pair in dict(cache.get("layer_codecs") or {}).values():
+        codecs |= {str(codec) for codec in pair}
+    return codecs
+
+
+def _require_own(recipe: Recipe) -> None:
+    if recipe.engine["name"] != "kvtune":
+        raise UsageError(
+            f"this recipe is for engine {recipe.engine['name']!r}; kvtune cannot emit it for vLLM"
+        )
+
+
+def _model(recipe: Recipe) -> str:
+    """Path or repository id; UsageError if the recipe names neither."""
+    for key in ("path", "repo", "id", "name"):
+        if recipe.model.get(key):
+            return str(recipe.model[key])
+    raise UsageError("this recipe names no model path; run `kvtune tune` again")
+
+
+def _verdict_warnings(recipe: Recipe) -> list[str]:
+    if recipe.verdict == "PASS":
+        return []
+    return [f"the quality verdict of this recipe is {recipe.verdict}, not PASS"]
+
+
+def _header(recipe: Recipe, what: str, warnings: Sequence[str]) -> str:
+    engine = f"{recipe.engine['name']} {recipe.engine.get('version') or 'of unknown version'}"
+    made = recipe.created_at or "unknown date"
+    lines = [
+        f"{what}, from a kvtune recipe of {made} ({recipe.content_sha256[:12]})",
+        f"measured with {engine}; verdict {recipe.verdict}, read contract {recipe.read_contract}",
+        *(f"warning: {warning}" for warning in warnings),
+    ]
+    return "".join(f"# {line}\n" for line in lines)
+
+
+TARGETS = {"vllm": _emit_vllm, "transformers": _emit_transformers}
+"""Target name -> what turns a recipe into it."""
