@@ -185,7 +185,7 @@ _WINDOWED = Family(pattern=_uniform_window)
 _QWEN = Family(pattern=_upper_window, defaults={"max_window_layers": 28})
 _QWEN3 = Family(pattern=_upper_window, defaults={"max_window_layers": 28, "head_dim": 128})
 _LISTED = Family(pattern=_full_or_listed)
-_QWEN3_DENSE_HEADS = Family(defaults={"head_dim": 128})
+_HEAD_DIM_128 = Family(defaults={"head_dim": 128})
 _GDN_DEFAULTS: Final = {
     "full_attention_interval": 4, "head_dim": 256, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128,
     "linear_value_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
@@ -238,14 +238,19 @@ _SLIDES_3_OF_4 = Family(
 
 FAMILIES: Final[Mapping[str, Family]] = MappingProxyType({
     "llama": _PLAIN, "gemma": Family(defaults={"head_dim": 256}), "olmo": _PLAIN, "olmo2": _PLAIN,
-    "granite": _PLAIN, "granitemoe": _PLAIN, "glm": Family(defaults={"head_dim": 128}),
-    "glm4": Family(defaults={"head_dim": 128}), "phi": _PLAIN, "stablelm": _PLAIN, "arcee": _PLAIN,
-    "apertus": _PLAIN, "gpt_neox": _PLAIN, "seed_oss": Family(defaults={"head_dim": 128}),
+    "granite": _PLAIN, "granitemoe": _PLAIN, "glm": _HEAD_DIM_128,
+    "glm4": _HEAD_DIM_128, "phi": _PLAIN, "stablelm": _PLAIN, "arcee": _PLAIN,
+    "apertus": _PLAIN, "gpt_neox": _PLAIN, "seed_oss": _HEAD_DIM_128,
+    "cohere": _PLAIN, "ernie4_5": _HEAD_DIM_128, "ernie4_5_moe": _PLAIN, "glm4_moe": _PLAIN,
+    "granitemoeshared": _PLAIN, "minimax_m2": _HEAD_DIM_128, "nemotron": _PLAIN, "olmoe": _PLAIN,
+    "opt": _PLAIN, "persimmon": _PLAIN,
+    "phimoe": _WINDOWED,
     "mistral": _WINDOWED, "mixtral": _WINDOWED, "phi3": _WINDOWED, "starcoder2": _WINDOWED,
     "ministral": _WINDOWED, "ministral3": _WINDOWED,
     "qwen2": _QWEN, "qwen3": _QWEN3,
     "qwen2_moe": _LISTED, "qwen3_moe": _LISTED, "smollm3": _LISTED,
-    "qwen3_vl_text": _QWEN3_DENSE_HEADS,
+    "qwen2_vl": _LISTED, "qwen2_vl_text": _LISTED, "qwen2_5_vl": _LISTED, "qwen2_5_vl_text": _LISTED,
+    "qwen3_vl_text": _HEAD_DIM_128, "qwen3_vl_moe_text": _PLAIN,
     "gpt2": Family(aliases=_GPT2_NAMES), "gptj": Family(aliases=_GPT2_NAMES),
     "gpt_bigcode": Family(aliases=_GPT2_NAMES, defaults={"multi_query": True}),
     "falcon": Family(

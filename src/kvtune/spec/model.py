@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, cast
@@ -123,9 +124,14 @@ def text_config(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UnsupportedModelError(
             f"config field 'model_type': {show(model_type)} is not a model kvtune can size; "
-            f"known: {', '.join(sorted(FAMILIES))}"
+            + _nearest(model_type)
         )
     return raw, model_type
+
+
+def _nearest(model_type: object) -> str:
+    near = difflib.get_close_matches(model_type[:64], FAMILIES, n=5) if isinstance(model_type, str) else []
+    return f"nearest known: {', '.join(near)}" if near else f"known: {', '.join(sorted(FAMILIES))}"
 
 
 def _max_model_len(fields: Fields) -> int | None:
