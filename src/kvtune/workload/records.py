@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import csv
 import json
 from collections.abc import Iterator
@@ -71,7 +72,8 @@ class _Window:
         self._lines = source.lines()
         self._buffer = ""
         self._at = 0
-        self._starts: list[tuple[int, int]] = []  # (offset in buffer, line number), ascending
+        self._starts: list[int] = []  # offset in the buffer at which each line starts, ascending
+        self._numbers: list[int] = []  # and its number
         self._is_drained = False
 
     @property
@@ -109,7 +111,7 @@ class _Window:
             except json.JSONDecodeError as error:
                 if self._is_drained:
                     self.fail(error.msg, at=error.pos)
-                if len(self._buffer) > self._source.max_line_bytes:
+                if len(self._buffer) - self._at > self._source.max_line_bytes:
                     self.fail(
                         f"{error.msg}, or an element over {self._source.max_line_bytes} characters",
                         at=error.pos,
@@ -119,33 +121,36 @@ class _Window:
             else:
                 # A number at the window's end could go on, but only objects are requests.
                 return value
-            size = 2 * len(self._buffer)
+            size = 2 * (len(self._buffer) - self._at)
 
     def _line_at(self, offset: int) -> int:
-        line = 1
-        for start, number in self._starts:
-            if start > offset:
-                break
-            line = number
-        return line
+        place = bisect.bisect_right(self._starts, offset)
+        return self._numbers[place - 1] if place else 1
 
     def _drop_taken(self) -> None:
-        line = self.line
+        """Forget the text before the cursor, now and then: each time would cost a copy per element."""
+        if self._at < _READ_AHEAD:
+            return
+        first = max(0, bisect.bisect_right(self._starts, self._at) - 1)
         self._buffer = self._buffer[self._at :]
-        kept = [(start - self._at, number) for start, number in self._starts if start > self._at]
-        self._starts = [(0, line), *kept]
+        # The line the cursor is in began before the window: its start becomes negative or 0.
+        self._starts = [start - self._at for start in self._starts[first:]]
+        self._numbers = self._numbers[first:]
         self._at = 0
 
     def _grow(self, size: int) -> None:
-        """Read whole lines until the buffer holds `size` characters past the cursor, or the file ends."""
-        pieces = [self._buffer]
+        """Hold at least `size` characters past the cursor (twice that when reading), or all to the end."""
         length = len(self._buffer)
-        while length - self._at < size and not self._is_drained:
+        if length - self._at >= size or self._is_drained:
+            return
+        pieces = [self._buffer]
+        while length - self._at < 2 * size and not self._is_drained:
             number, text = next(self._lines, (0, ""))
             if not number:
                 self._is_drained = True
                 break
-            self._starts.append((length, number))
+            self._starts.append(length)
+            self._numbers.append(number)
             pieces += (text, "\n")
             length += len(text) + 1
         self._buffer = "".join(pieces)
