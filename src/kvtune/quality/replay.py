@@ -22,7 +22,7 @@ __all__ = ["Reference", "ReplaySettings", "decode_subset", "record_reference", "
 REFERENCE_BYTES = 64 * 2**20
 """Memory for the reference's log-probabilities (8 bytes per id); it bounds k for large vocabularies."""
 
-MIN_TOP, MAX_TOP = 64, 8192
+MIN_TOP = 64
 
 LENGTH_EDGES = (256, 1024, 4096, 16384)
 """Prompt lengths in tokens that separate the strata."""
@@ -30,15 +30,18 @@ LENGTH_EDGES = (256, 1024, 4096, 16384)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplaySettings:
-    """How to replay. `chunk` and `aa_chunk`: tokens per step of the replay and of its A/A control.
+    """How to replay. `chunk` and `aa_chunk`: tokens per step of the replay and of its A/A control; a
+    `chunk` of None is as the baseline is served, and the same for every candidate. `max_top`: most ids
+    kept per token.
 
     `max_tokens`: longest continuation scored. `num_decode`: requests replayed one token at a time, those
     of at most `decode_max_length` tokens first.
     """
 
-    chunk: int = 256
+    chunk: int | None = None
     aa_chunk: int = 96
     max_tokens: int = 64
+    max_top: int = 8192
     num_decode: int = 16
     decode_max_length: int = 1024
     decode_budget_tokens: int = 8192
@@ -61,6 +64,8 @@ class Reference:
     decode_items: tuple[int, ...] = ()
     decode_scores: tuple[Scores, ...] = ()
     is_synthetic_text: bool = False
+    chunk: int | None = None
+    """Tokens per step of every replay that is compared with `scores`."""
 
     @property
     def num_top(self) -> int:
@@ -88,8 +93,9 @@ def record_reference(
         raise TargetError("the baseline generated no token for any request; there is nothing to score")
     bare = [ScoreItem(item_id=r.request_id, prompt_token_ids=r.prompt_token_ids, continuation=a)
             for r, a in kept]  # fmt: skip
-    num_top = affordable_top(sum(len(a) for _, a in kept))
-    scores = _score(running, bare, num_top=num_top, chunk=settings.chunk)
+    num_top = min(settings.max_top, affordable_top(sum(len(a) for _, a in kept)))
+    chunk = settings.chunk or running.effective.get("max_num_batched_tokens")
+    scores = _score(running, bare, num_top=num_top, chunk=chunk)
     items = tuple(
         item if score.is_full else replace(item, at_ids=score.ids)
         for item, score in zip(bare, scores, strict=True)
@@ -105,13 +111,13 @@ def record_reference(
         strata=tuple(_strata(r) for r, _ in kept),
         decode_items=chosen,
         decode_scores=replay_decode(running, items, chosen, num_top=scores[0].ids.shape[1]),
-        is_synthetic_text=is_synthetic_text,
+        is_synthetic_text=is_synthetic_text, chunk=chunk,
     )  # fmt: skip
 
 
-def replay(running: RunningTarget, reference: Reference, settings: ReplaySettings) -> tuple[Scores, ...]:
-    """The candidate's scores of the reference's tokens, in item order."""
-    return _score(running, reference.items, num_top=reference.num_top, chunk=settings.chunk)
+def replay(running: RunningTarget, reference: Reference) -> tuple[Scores, ...]:
+    """The candidate's scores of the reference's tokens, in item order, cut into the reference's steps."""
+    return _score(running, reference.items, num_top=reference.num_top, chunk=reference.chunk)
 
 
 def replay_decode(
@@ -124,7 +130,7 @@ def replay_decode(
 
 
 def _score(
-    running: RunningTarget, items: Sequence[ScoreItem], *, num_top: int, chunk: int
+    running: RunningTarget, items: Sequence[ScoreItem], *, num_top: int, chunk: int | None
 ) -> tuple[Scores, ...]:
     scores = tuple(running.score(items, num_top=num_top, chunk=chunk))
     if len(scores) != len(items):
@@ -134,7 +140,7 @@ def _score(
 
 def affordable_top(num_tokens: int) -> int:
     """Token ids kept per scored token so that the reference stays within REFERENCE_BYTES."""
-    return int(np.clip(REFERENCE_BYTES // (8 * max(1, num_tokens)), MIN_TOP, MAX_TOP))
+    return max(MIN_TOP, REFERENCE_BYTES // (8 * max(1, num_tokens)))
 
 
 def decode_subset(

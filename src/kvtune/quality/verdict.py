@@ -163,6 +163,8 @@ def _notes(reference: Reference, candidate: Sequence[TokenDivergence]) -> list[s
     notes: list[str] = []
     if reference.is_synthetic_text:
         notes.append("not proven: a lossy configuration needs real text")
+    if not reference.decode_items:
+        notes.append("no decode replay: scored by prefill alone")
     if not all(d.is_exact for d in candidate):
         k = min(d.num_ids for d in candidate)
         notes.append(f"KL over the {k} ids known to both sides, rest lumped: a lower bound of the true KL")

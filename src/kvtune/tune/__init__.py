@@ -1,0 +1,9 @@
+"""The search for the smallest KV cache that passes the gate. Knows an engine only as a `Target`.
+
+`run` is the whole of it; `TuneSettings` what to ask, `TuneResult` what comes out.
+"""
+
+from kvtune.tune.settings import Progress, ProgressEvent, TuneResult, TuneSettings, parse_slo
+from kvtune.tune.tuner import run
+
+__all__ = ["Progress", "ProgressEvent", "TuneResult", "TuneSettings", "parse_slo", "run"]

@@ -1,0 +1,273 @@
+"""From measurements to what people read: gains with intervals, requests held, result.json and the recipe."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kvtune import __version__
+from kvtune.quality import Slo, SpeedRatios, Verdict, margin_named, summarise
+from kvtune.recipe import DEFAULT_VOIDED_BY, Recipe, codec_constants_sha256, configuration_of
+from kvtune.target import Config, LoadReport, Target
+from kvtune.tune.confirmation import Confirmed
+from kvtune.tune.evaluation import Baseline, plain
+from kvtune.tune.settings import TuneSettings
+from kvtune.tune.trial import Trial
+from kvtune.workload import TokenRequest
+
+__all__ = ["Outcome", "is_better_confirmed"]
+
+MAX_LENGTHS = 64
+MIN_BYTES_SAVED = 0.005
+MIN_SPEED_GAIN = 0.03
+
+
+def gain_entry(ratio: float, low: float, high: float, *, significant: bool, n: int) -> dict[str, Any]:
+    bounds = {"ratio": ratio, "low": low, "high": high}
+    return {**{k: plain(float(v)) for k, v in bounds.items()}, "significant": significant, "n": n}
+
+
+def gains(bytes_ratio: float, held_ratio: float, ratios: SpeedRatios, aa: SpeedRatios) -> dict[str, Any]:
+    """Winner / baseline by metric. Sizes are exact; speed counts beyond its interval and the A/A's."""
+    out = {
+        name: gain_entry(r, r, r, significant=abs(r - 1) > MIN_BYTES_SAVED, n=1)
+        for name, r in (("kv_bytes_per_token", bytes_ratio), ("requests_held", held_ratio))
+    }
+    for name, e in ratios.ratios.items():
+        out[name] = gain_entry(e.value, e.low, e.high, significant=_is_significant(name, ratios, aa), n=e.n)
+    return out
+
+
+def _is_significant(name: str, ratios: SpeedRatios, aa: SpeedRatios) -> bool:
+    """Beyond its own interval, beyond what the baseline shows against itself, and large enough to matter.
+
+    Requests of one run share its disturbances, so a run's own interval is too narrow; the A/A pair is not.
+    """
+    found, noise = ratios.ratios.get(name), aa.ratios.get(name)
+    if found is None or noise is None or not noise.low > 0:
+        return False
+    spread = max(1 + MIN_SPEED_GAIN, noise.high, 1 / noise.low)
+    return found.low > spread or found.high < 1 / spread
+
+
+def is_better_confirmed(confirmed: Confirmed, *, bytes_ratio: float, has_slo: bool) -> bool:
+    """Whether a confirmed candidate is worth changing anything for."""
+    goodput = confirmed.ratios.ratios.get("goodput")
+    is_more = goodput is not None and goodput.value > 1  # significant alone could mean worse
+    is_faster = is_more and _is_significant("goodput", confirmed.ratios, confirmed.aa)
+    if has_slo:
+        return is_faster
+    return bytes_ratio < 1 - MIN_BYTES_SAVED or (abs(bytes_ratio - 1) <= MIN_BYTES_SAVED and is_faster)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """Everything known when a run ends. `confirmed`: the winner, None when the baseline stays."""
+
+    target: Target
+    settings: TuneSettings
+    identity: Mapping[str, Any]
+    requests: Sequence[TokenRequest]
+    search: Baseline
+    baseline_config: Config
+    baseline_reports: Sequence[LoadReport]
+    aa: SpeedRatios
+    confirmed: Confirmed | None
+    rejected: Sequence[Confirmed]
+    trials: Sequence[Trial]
+    failing_step: Mapping[str, Any] | None
+    stop_reason: str
+    elapsed_s: float
+    recipe_path: str
+    split: Mapping[str, int]
+
+    @property
+    def winner_config(self) -> Config:
+        return self.baseline_config if self.confirmed is None else self.confirmed.config
+
+    def _bytes(self, config: Config) -> float:
+        return self.target.kv_bytes_per_token(config, context=self.settings.context)
+
+    @property
+    def kv_budget_bytes(self) -> int:
+        """The budget asked for, else what the baseline's engine took."""
+        if self.settings.kv_budget_bytes is not None:
+            return self.settings.kv_budget_bytes
+        tokens = float(self.search.effective.get("kv_capacity_tokens") or 0)
+        return int(tokens * self.search.bytes_per_token)
+
+    def _lengths(self) -> list[int]:
+        return [len(r.prompt_token_ids) + r.max_tokens for r in self.requests]
+
+    def _request_bytes(self, config: Config) -> float:
+        """Allocator bytes of a mean request; of many lengths, evenly spaced quantiles stand for all."""
+        lengths = np.array(self._lengths())
+        if len(lengths) > MAX_LENGTHS:
+            lengths = np.quantile(lengths, np.linspace(0, 1, MAX_LENGTHS)).round().astype(int)
+        return float(np.mean([n * self.target.kv_bytes_per_token(config, context=int(n)) for n in lengths]))
+
+    def _held_ratio(self) -> float:
+        return self._request_bytes(self.baseline_config) / self._request_bytes(self.winner_config)
+
+    def _held(self, config: Config, effective: Mapping[str, Any]) -> dict[str, Any]:
+        """Requests of the workload's lengths that one KV budget holds at once.
+
+        `value` is predicted from allocator bytes; `measured` divides the running engine's own capacity.
+        """
+        mean_length = float(np.mean(self._lengths()))
+        tokens = effective.get("kv_capacity_tokens")
+        return {
+            "value": round(self.kv_budget_bytes / self._request_bytes(config), 2),
+            "source": "predicted from sizes",
+            "measured": None if tokens is None else round(float(tokens) / mean_length, 2),
+            "measured_source": "capacity of the running engine, mean length",
+        }  # fmt: skip
+
+    def _side(
+        self, config: Config, reports: Sequence[LoadReport], effective: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        slo = self.settings.slo or Slo()
+        return {
+            "config": dict(config),
+            "metrics": {"kv_bytes_per_token": self._bytes(config), **summarise(reports, slo)},
+            "effective": dict(effective), "held": self._held(config, effective),
+        }  # fmt: skip
+
+    def quality(self) -> dict[str, Any]:
+        if self.confirmed is not None:
+            return self.confirmed.quality.to_dict()
+        notes = ["generic: text is synthetic"] if self.settings.is_synthetic_text else []
+        return {
+            "verdict": Verdict.PASS.value, "reason": "the baseline itself: nothing changes", "proven": True,
+            "lossless": True, "bit_equal": True, "margin": self._margin(), "metrics": {}, "strata": [],
+            "synthetic_text": self.settings.is_synthetic_text,
+            "notes": notes,
+        }  # fmt: skip
+
+    def _margin(self) -> dict[str, Any]:
+        return margin_named(self.settings.margin).to_dict()
+
+    def record(self) -> dict[str, Any]:
+        """The content of result.json, and of `kvtune tune --json`."""
+        base = self._side(self.baseline_config, self.baseline_reports, self.search.effective)
+        winner = {**base, "is_baseline": True}
+        if self.confirmed is not None:
+            found = self.confirmed
+            winner = {**self._side(found.config, found.reports, found.effective), "is_baseline": False}
+        bytes_ratio = self._bytes(self.winner_config) / self._bytes(self.baseline_config)
+        held = {side: facts["held"] for side, facts in (("baseline", base), ("winner", winner))}
+        held_ratio = self._held_ratio()
+        ratios = SpeedRatios(ratios={}) if self.confirmed is None else self.confirmed.ratios
+        return plain({
+            "schema_version": 1,
+            "status": "no_significant_gain" if self.confirmed is None else "winner",
+            "recipe": self.recipe_path,
+            "baseline": base, "winner": winner,
+            "gain": gains(bytes_ratio, held_ratio, ratios, self.aa),
+            "quality": self.quality(),
+            "speed_verdict": "PASS" if self.confirmed is None else self.confirmed.speed_verdict,
+            "aa_noise": self._aa_noise(),
+            "held": {"kv_budget_bytes": self.kv_budget_bytes, **held},
+            "smallest_failing_step": self.failing_step,
+            "rejected": [{"config": c.config, "reason": c.rejected, "quality": c.quality.to_dict(),
+                          "ratios": c.ratios.to_dict()} for c in self.rejected],
+            "trials": [t.to_dict() for t in self.trials],
+            "objective": self._objective(), "margin": self._margin(), "stop_reason": self.stop_reason,
+            "identity": self.identity, "workload": {**self.settings.workload, **self.split,
+                "is_synthetic_text": self.settings.is_synthetic_text},
+            "limits": self._limits(), "voided_by": list(DEFAULT_VOIDED_BY), "fallback": self._fallback(),
+            "budget_s": self.settings.budget_s, "elapsed_s": self.elapsed_s, "seed": self.settings.seed,
+            "kvtune_version": __version__, "command": self.settings.command,
+            "created_at": self.settings.created_at, "next_command": self._next_command(),
+            "intervals": "low and high are one-sided 95 % bounds each (90 % together)",
+        })  # fmt: skip
+
+    def _next_command(self) -> str:
+        engine = "vllm" if self.target.name == "vllm" else "transformers"
+        return f"kvtune emit {self.recipe_path} --target {engine}"
+
+    def _aa_noise(self) -> dict[str, Any]:
+        floors: dict[str, float] = {}
+        if self.confirmed is not None:
+            floors = {f"{m.name}_floor": m.floor for m in self.confirmed.quality.metrics}
+        return {**self.aa.to_dict(), **floors}
+
+    def _objective(self) -> dict[str, Any]:
+        slo = self.settings.slo
+        if slo is not None:
+            return {"maximise": "requests within the SLO when all arrive together", "subject_to": "gate PASS",
+                    "slo": {"ttft_p95_s": slo.ttft_p95_s, "tpot_p95_s": slo.tpot_p95_s}}  # fmt: skip
+        return {
+            "minimise": "allocator bytes per token", "context": self.settings.context,
+            "subject_to": f"gate PASS, upper bounds of TPOT and p95 TTFT <= {self.settings.latency_limit:g}x",
+            "ties": "goodput",
+        }  # fmt: skip
+
+    def _limits(self) -> list[str]:
+        plan, replay = self.search.plan, self.settings.replay
+        limits = [
+            f"load runs: {len(plan.source)} requests, answers of at most {plan.max_tokens} tokens, "
+            f"recorded times x {plan.arrival_scale:.3g}",
+            f"quality: answers of at most {replay.max_tokens} tokens, "
+            f"{self.search.num_quality} requests in each half",
+        ]
+        if self.confirmed is not None and self.confirmed.speed_verdict != "PASS":
+            worst = max(self.confirmed.ratios.ratios.items(), key=lambda item: item[1].high
+                        if item[0] != "goodput" else -math.inf)  # fmt: skip
+            limits.append(
+                f"speed is not proven: the upper bound of {worst[0]} is {worst[1].high:.3g}x, above "
+                f"{self.settings.latency_limit:g}x; the noise of this run does not allow a decision"
+            )
+        return limits
+
+    def _fallback(self) -> dict[str, Any]:
+        return {
+            "configuration": dict(self.baseline_config),
+            "trigger": "any voiding change, or `kvtune check` no longer says PASS",
+        }
+
+    def recipe(self, record: Mapping[str, Any]) -> Recipe:
+        """The recipe of the winner (or of the baseline), with its evidence."""
+        effective: Mapping[str, Any] = record["winner"]["effective"]
+        return Recipe(
+            model=self.identity["model"], hardware=self.identity["hardware"],
+            engine={"name": self.target.name, **self.identity["engine"]},
+            workload=record["workload"], read_contract=str(effective.get("read_contract", "T0")),
+            kernel=str(effective.get("kernel", "")), codec_constants_sha256=codec_constants_sha256(),
+            configuration=configuration_of(
+                self.winner_config, kv_budget_bytes=self.kv_budget_bytes or None, engine=self.settings.engine
+            ),
+            baseline={"configuration": dict(self.baseline_config), "metrics": record["baseline"]["metrics"]},
+            evidence=self._evidence(record), quality=record["quality"], fallback=record["fallback"],
+            created_at=self.settings.created_at,
+            provenance={"kvtune_version": record["kvtune_version"], "seed": self.settings.seed,
+                        "budget_s": self.settings.budget_s, "command": self.settings.command,
+                        "margin": record["margin"], "objective": record["objective"],
+                        "status": record["status"], "speed_verdict": record["speed_verdict"],
+                        "effective": effective},
+        )  # fmt: skip
+
+    def _evidence(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Every measured figure with its n and interval, and where it comes from."""
+        out: dict[str, Any] = {
+            f"gain.{name}": {
+                "value": e["ratio"], "low": e["low"], "high": e["high"], "n": e["n"],
+                "significant": e["significant"], "unit": "ratio",
+                "source": "predicted" if name in ("kv_bytes_per_token", "requests_held") else "measured",
+            }
+            for name, e in record["gain"].items()
+        }  # fmt: skip
+        for side in ("baseline", "winner"):
+            held = record["held"][side]
+            out[f"{side}.requests_held"] = {"value": held["value"], "n": len(self.requests),
+                                            "source": held["source"],
+                                            "measured": held["measured"]}  # fmt: skip
+            out[f"{side}.kv_bytes_per_token"] = {
+                "value": record[side]["metrics"]["kv_bytes_per_token"], "n": 1, "unit": "bytes",
+                "source": "predicted", "read_back": record[side]["effective"].get("kv_bytes_per_token"),
+            }  # fmt: skip
+        return out

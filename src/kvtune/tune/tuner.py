@@ -1,0 +1,391 @@
+"""A tuning run from start to recipe: baseline, search within the budget, confirmation, files.
+
+    locked folder -> study -> baseline (sizes the run) -> trials -> frontier -> confirmation -> files
+                                                 ^ Ctrl-C anywhere leaves the journal: --resume
+
+The search stops when only the time that the confirmation needs is left.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvtune.quality import Verdict
+from kvtune.recipe import canonical_json, write_atomically
+from kvtune.target import Target
+from kvtune.tune.confirmation import Confirmation, Confirmed, reserve_s
+from kvtune.tune.evaluation import Evaluator, plain
+from kvtune.tune.outcome import Outcome, is_better_confirmed
+from kvtune.tune.pace import Pace
+from kvtune.tune.settings import Progress, ProgressEvent, TuneResult, TuneSettings
+from kvtune.tune.space import SearchSpace
+from kvtune.tune.study import JOURNAL, Study, locked_folder
+from kvtune.tune.trial import Status, Trial
+from kvtune.workload import TokenRequest, split_by_session
+
+__all__ = ["run"]
+
+OUTPUTS = ("result.json", "recipe.json", "trials.jsonl", "confirmation.jsonl", "report.html")
+PROPOSALS = 6
+"""Proposals of the sampler that may be known or hopeless before a random open point is taken."""
+
+
+def run(
+    target: Target, requests: Sequence[TokenRequest], settings: TuneSettings, out_dir: str | Path, *,
+    progress: Progress | None = None, clock: Callable[[], float] = time.monotonic,
+    rng: np.random.Generator | None = None,
+) -> TuneResult:  # fmt: skip
+    """Find, confirm and write the recipe. Files: recipe.json, result.json, trials.jsonl, confirmation.jsonl.
+
+    Raises UsageError (bad input, unwritable folder, nothing to resume), what the target raises when the
+    baseline itself does not run, and KeyboardInterrupt after leaving a study that `resume` continues.
+    """
+    folder = Path(out_dir)
+    created = not folder.exists()
+    generator = rng if rng is not None else np.random.default_rng(settings.seed)
+    try:
+        with locked_folder(folder):
+            return _Run(
+                target, requests, settings, folder, progress=progress, clock=clock, rng=generator
+            ).execute()
+    finally:
+        if created and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+class _Run:
+    """State of one run; lives as long as `run`."""
+
+    def __init__(
+        self, target: Target, requests: Sequence[TokenRequest], settings: TuneSettings, folder: Path,
+        *, progress: Progress | None, clock: Callable[[], float], rng: np.random.Generator,
+    ) -> None:  # fmt: skip
+        self._target, self._settings, self._folder, self._rng = target, settings, folder, rng
+        self._requests = tuple(requests)
+        self._progress = progress
+        self._pace = Pace(clock, settings.budget_s)
+        # the split must be the same after --resume, whatever else was drawn
+        self._search_half, self._confirm_half = split_by_session(
+            self._requests, 0.5, np.random.default_rng(settings.seed)
+        )
+        self._space = SearchSpace(target.knobs())
+        self._evaluator = Evaluator(target, self._space, settings, pace=self._pace, rng=rng)
+        self._objective = self._evaluator.objective
+        self._trials: list[Trial] = []
+        self._seen: set[str] = set()
+        self._ladder = self._space.ladder(target, context=settings.context)
+
+    # -- the journey
+
+    def execute(self) -> TuneResult:
+        identity = plain(dict(self._target.identity()))
+        study = Study.open(
+            self._folder, self._space, fingerprint=self._fingerprint(identity),
+            resume=self._settings.resume, seed=self._settings.seed,
+        )  # fmt: skip
+        if not self._settings.resume:
+            for name in OUTPUTS:
+                (self._folder / name).unlink(missing_ok=True)
+        for trial in study.trials():
+            self._remember(trial)
+        self._evaluator.recall(self._trials)
+        try:
+            self._say("baseline", "measuring the baseline")
+            self._evaluator.measure_baseline(self._search_half)
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
+            if not self._trials:  # nothing to resume: leave nothing behind
+                (self._folder / JOURNAL).unlink(missing_ok=True)
+            raise
+        stop_reason = self._search(study)
+        self._probe_frontier()
+        confirmation = self._confirmation()
+        confirmed, rejected = self._confirm(confirmation)
+        outcome = Outcome(
+            target=self._target, settings=self._settings, identity=identity, requests=self._requests,
+            search=self._evaluator.baseline, baseline_config=self._space.baseline,
+            baseline_reports=confirmation.baseline_reports, aa=confirmation.aa_ratios(),
+            confirmed=confirmed, rejected=rejected, trials=self._trials,
+            failing_step=self._failing_step(confirmed, rejected), stop_reason=stop_reason,
+            elapsed_s=round(self._pace.elapsed_s, 2), recipe_path=str(self._folder / "recipe.json"),
+            split={"num_requests": len(self._requests), "num_search": len(self._search_half),
+                   "num_confirm": len(self._confirm_half)},
+        )  # fmt: skip
+        return self._write(outcome, confirmed)
+
+    def _fingerprint(self, identity: Mapping[str, Any]) -> str:
+        """What a resumed study must share with the one it continues."""
+        settings = self._settings
+        asked = {
+            "model": identity.get("model"), "engine": self._target.name,
+            "knobs": [[k.name, list(k.values), k.baseline] for k in self._space.knobs],
+            "requests": [[r.request_id, len(r.prompt_token_ids), r.max_tokens] for r in self._requests],
+            "margin": settings.margin, "seed": settings.seed, "kv_budget": settings.kv_budget_bytes,
+            "slo": None if settings.slo is None else [settings.slo.ttft_p95_s, settings.slo.tpot_p95_s],
+            "context": settings.context, "engine_settings": settings.engine,
+        }  # fmt: skip
+        return hashlib.sha256(canonical_json(plain(asked)).encode()).hexdigest()
+
+    # -- search
+
+    def _search(self, study: Study) -> str:
+        """Trials until the budget, the space or the patience ends; returns which."""
+        if not self._trials:
+            study.enqueue(self._space.baseline)
+            for config in _bisecting([c for _, c in self._ladder if self._space.is_lossy(c)]):
+                study.enqueue(config)
+        idle = 0
+        while True:
+            reason = self._stop_reason(idle)
+            if reason:
+                self._write_trials()
+                return reason
+            proposal = self._propose(study)
+            if proposal is None:
+                self._write_trials()
+                return "every configuration that could still win was tried"
+            number, config = proposal
+            before = self._best()
+            self._say("search", f"trial {number}: {_brief(config)}")
+            trial = self._one_trial(number, config, before)
+            study.tell(trial, value=self._sampled_value(trial))
+            self._remember(trial)
+            if trial.status is not Status.PRUNED:
+                self._write_trials()
+                idle = 0 if self._best() is not before else idle + 1
+            self._say("search", f"trial {number}: {trial.status.value} {trial.reason}".strip(), trial=trial)
+
+    def _one_trial(self, number: int, config: Mapping[str, Any], best: Trial | None) -> Trial:
+        if self._is_baseline(config):
+            return self._evaluator.baseline_trial(number)
+        return self._evaluator.evaluate(number, config, best)
+
+    def _stop_reason(self, idle: int) -> str:
+        settings = self._settings
+        if not self._trials:
+            return ""
+        needed = reserve_s(self._pace, self._evaluator.baseline) + self._pace.cost_s("trial")
+        if self._pace.left_s <= needed:
+            return "the time left is needed for the confirmation"
+        if len(self._trials) >= settings.max_trials:
+            return f"{settings.max_trials} trials were run"
+        tested = {self._space.read_key(t.config) for t in self._trials}
+        is_ladder_done = all(self._space.read_key(c) in tested for _, c in self._ladder)
+        if idle >= settings.patience and is_ladder_done:
+            return f"{settings.patience} trials in a row were no better"
+        return ""
+
+    def _propose(self, study: Study) -> tuple[int, dict[str, Any]] | None:
+        for _ in range(PROPOSALS + len(self._ladder)):
+            number, config = study.ask()
+            if self._is_open(config):
+                return number, config
+            if self._space.label(config) not in self._seen and self._space.is_lossy(config):
+                return number, config  # a rung that is ruled out is still a trial worth listing
+            study.skip(number)
+        left = [c for c in self._space.configs() if self._is_open(c)]
+        if not left:
+            return None
+        study.enqueue(left[int(self._rng.integers(len(left)))])
+        return study.ask()
+
+    def _is_open(self, config: Mapping[str, Any]) -> bool:
+        """Not tried, not known to fail the gate, not beaten by its size alone."""
+        if self._space.label(config) in self._seen:
+            return False
+        if not self._is_passing(config):
+            return False
+        size = self._evaluator.bytes_per_token(config)
+        return size is not None and self._objective.can_beat(size, self._best())
+
+    def _sampled_value(self, trial: Trial) -> float | None:
+        if trial.status in (Status.PRUNED, Status.FAILED) or trial.bytes_per_token is None:
+            return None
+        return self._objective.value(trial)
+
+    def _remember(self, trial: Trial) -> None:
+        self._trials.append(trial)
+        self._seen.add(self._space.label(trial.config))
+
+    def _feasible(self) -> list[Trial]:
+        return [t for t in self._trials if t.status is Status.COMPLETE]
+
+    def _best(self) -> Trial | None:
+        best: Trial | None = None
+        for trial in self._feasible():
+            if best is None or self._objective.is_better(trial, best):
+                best = trial
+        return best
+
+    # -- the step below the winner
+
+    def _smaller_rungs(self, config: Mapping[str, Any]) -> list[tuple[float, dict[str, Any]]]:
+        size = self._evaluator.bytes_per_token(config) or 0.0
+        return [(b, c) for b, c in self._ladder if b < size * (1 - 1e-6)]
+
+    def _probe_frontier(self) -> None:
+        """Replay the next smaller rung if the search did not get to it: users see where harm begins."""
+        best = self._best()
+        if best is None:
+            return
+        for _, config in self._smaller_rungs(best.config):
+            known = self._evaluator.verdicts.get(self._space.read_key(config))
+            if known is not None and known["verdict"] != Verdict.PASS.value:
+                return
+            cost = self._pace.cost_s("start") + self._pace.cost_s(
+                "replay", len(self._evaluator.baseline.reference.items)
+            )
+            if self._pace.left_s < reserve_s(self._pace, self._evaluator.baseline) + cost:
+                return
+            if known is None:
+                self._say("frontier", f"replaying the next smaller step: {_brief(config)}")
+                self._evaluator.probe_quality(config)
+
+    def _failing_step(
+        self, confirmed: Confirmed | None, rejected: Sequence[Confirmed]
+    ) -> dict[str, Any] | None:
+        """The largest configuration below the winner that the gate did not pass."""
+        winner = self._space.baseline if confirmed is None else confirmed.config
+        by_key = {
+            self._space.read_key(c.config): c for c in rejected if c.quality.verdict is not Verdict.PASS
+        }
+        for size, config in self._smaller_rungs(winner):
+            key = self._space.read_key(config)
+            known = by_key[key].quality.to_dict() if key in by_key else self._evaluator.verdicts.get(key)
+            if known is not None and known["verdict"] != Verdict.PASS.value:
+                return {"config": config, "metrics": {"kv_bytes_per_token": size}, "quality": dict(known)}
+        return None
+
+    # -- confirmation
+
+    def _confirmation(self) -> Confirmation:
+        self._say("confirm", "measuring the baseline on requests the search never saw")
+        confirmation = Confirmation(
+            self._target, self._space, self._settings, pace=self._pace, search=self._evaluator.baseline,
+            requests=self._confirm_half, rng=self._rng,
+        )  # fmt: skip
+        has_candidate = bool(self._candidates())
+        confirmation.measure_baseline(runs=1 if has_candidate else 2)
+        return confirmation
+
+    def _candidates(self) -> list[Trial]:
+        """What could be the recipe, best first: feasible trials, then rungs the search only pruned.
+
+        A rung larger than the search's best was not worth measuring then; it is once that best falls.
+        """
+        baseline = next(t for t in self._trials if self._is_baseline(t.config))
+        tried = {self._space.label(t.config) for t in self._trials if t.status is not Status.PRUNED}
+        rungs = [] if self._objective.has_slo else [
+            Trial(number=-1, config=config, status=Status.PRUNED,
+                  metrics={"kv_bytes_per_token": size, "num_changed": self._space.num_changed(config)})
+            for size, config in self._ladder
+            if self._space.label(config) not in tried and self._is_passing(config)
+        ]  # fmt: skip
+        better = [
+            t for t in (*self._feasible(), *rungs)
+            if not self._is_baseline(t.config) and self._objective.is_better(t, baseline)
+        ]  # fmt: skip
+        return sorted(
+            better, key=functools.cmp_to_key(lambda a, b: -1 if self._objective.is_better(a, b) else 1)
+        )
+
+    def _is_baseline(self, config: Mapping[str, Any]) -> bool:
+        return self._space.label(config) == self._space.label(self._space.baseline)
+
+    def _is_passing(self, config: Mapping[str, Any]) -> bool:
+        """Not known to fail the gate; unknown counts as passing, the confirmation will tell."""
+        known = self._evaluator.verdicts.get(self._space.read_key(config))
+        return known is None or known["verdict"] == Verdict.PASS.value
+
+    def _confirm(self, confirmation: Confirmation) -> tuple[Confirmed | None, list[Confirmed]]:
+        """The first candidate that stands and is worth it; the others with their reasons."""
+        rejected: list[Confirmed] = []
+        harmful: set[str] = set()
+        for trial in self._candidates():
+            if self._space.read_key(trial.config) in harmful:
+                continue
+            if len(rejected) >= self._settings.max_confirmed or (rejected and self._has_no_time()):
+                break
+            self._say("confirm", f"confirming {_brief(trial.config)}")
+            confirmed = confirmation.confirm(trial.config)
+            ratio = (trial.bytes_per_token or 0.0) / self._evaluator.baseline.bytes_per_token
+            if not confirmed.rejected and is_better_confirmed(
+                confirmed, bytes_ratio=ratio, has_slo=self._settings.slo is not None
+            ):
+                self._say("confirm", f"confirmed {_brief(trial.config)}: {confirmed.quality.reason}")
+                return confirmed, rejected
+            rejected.append(confirmed)
+            if confirmed.quality.verdict is not Verdict.PASS:
+                harmful.add(self._space.read_key(trial.config))
+            why = confirmed.rejected or "no significant gain over the baseline"
+            self._say("confirm", f"not confirmed {_brief(trial.config)}: {why}")
+        if len(confirmation.baseline_reports) < 2:
+            confirmation.measure_baseline()
+        return None, rejected
+
+    def _has_no_time(self) -> bool:
+        """Whether one more candidate would break the budget."""
+        pace, count = self._pace, self._evaluator.baseline.num_quality
+        parts = pace.cost_s("start"), pace.cost_s("replay", count), pace.cost_s("long load")
+        return pace.left_s < sum(parts)
+
+    # -- files
+
+    def _write_trials(self) -> None:
+        lines = "".join(json.dumps(t.to_dict(), allow_nan=False) + "\n" for t in self._trials)
+        write_atomically(self._folder / "trials.jsonl", lines)
+
+    def _write(self, outcome: Outcome, confirmed: Confirmed | None) -> TuneResult:
+        """All files; result.json last, as its presence says that the run ended."""
+        record = outcome.record()
+        recipe_path = outcome.recipe(record).save(self._folder / "recipe.json")
+        self._write_trials()
+        lines = [] if confirmed is None else [
+            {"request_id": r.request_id, "prompt_token_ids": list(r.prompt_token_ids),
+             "token_ids": list(answer), "max_tokens": r.max_tokens, "ignore_eos": r.ignore_eos,
+             "cache_salt": r.cache_salt, "temperature": 0.0}
+            for r, answer in zip(confirmed.requests, confirmed.answers, strict=True)
+        ]  # fmt: skip
+        write_atomically(
+            self._folder / "confirmation.jsonl", "".join(json.dumps(plain(line)) + "\n" for line in lines)
+        )
+        write_atomically(self._folder / "result.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
+        return TuneResult(recipe_path=recipe_path, record=record)
+
+    def _say(self, stage: str, message: str, *, trial: Trial | None = None) -> None:
+        if self._progress is None:
+            return
+        best = self._best()
+        self._progress(
+            ProgressEvent(
+                stage=stage, message=message, time_left_s=self._pace.left_s,
+                trial=None if trial is None else trial.to_dict(),
+                best=None if best is None else best.to_dict(),
+            )
+        )  # fmt: skip
+
+
+def _bisecting(rungs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Middle first, then the middles of both halves: a pass prunes all above, a fail points upwards."""
+    order: list[dict[str, Any]] = []
+    spans = [(0, len(rungs))]
+    while spans:
+        low, high = spans.pop(0)
+        if low < high:
+            middle = (low + high) // 2
+            order.append(rungs[middle])
+            spans += [(middle + 1, high), (low, middle)]
+    return order
+
+
+def _brief(config: Mapping[str, Any]) -> str:
+    return " ".join(f"{name}={value}" for name, value in config.items())
