@@ -1,9 +1,12 @@
 """Generated workloads: deterministic, multi-turn, bounded, varied; the four built-in cases."""
 
+import concurrent.futures
 import itertools
+import logging
 import statistics as st
 import subprocess
 import sys
+import textwrap
 from collections import defaultdict
 
 import pytest
@@ -105,6 +108,19 @@ def test_there_is_text_even_where_documentation_was_stripped():
         env={"PYTHONPATH": ":".join(sys.path), "PYTHONDONTWRITEBYTECODE": "1"},
     )  # fmt: skip
     assert run.stdout.strip() == "30"
+
+
+def test_what_other_libraries_did_to_standard_modules_does_not_change_the_text(monkeypatch):
+    before = collect_passages()
+
+    def advice(self) -> None:
+        """A method that some library hangs on a standard class, documented at length: do use it often."""
+
+    monkeypatch.setattr(logging.Logger, "advice", advice, raising=False)
+    monkeypatch.setattr(textwrap, "advice", advice, raising=False)
+    assert concurrent.futures.ProcessPoolExecutor  # loaded on first use
+    monkeypatch.setattr(concurrent.futures, "Extra", int, raising=False)
+    assert collect_passages() == before
 
 
 def test_passages_hold_no_memory_addresses():

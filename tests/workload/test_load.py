@@ -178,6 +178,24 @@ def test_bailian_turns_of_one_chat_share_a_session(tmp_path):
     assert workload.requests[1].arrival_s == 1000.0
 
 
+def test_agent_sessions_share_ids_within_a_session_only(tmp_path):
+    turns = [
+        {"t": 0.0, "in": 100, "out": 3, "model": "m", "hash_runs": [1, 2]},
+        {"t": 9.5, "in": 200, "out": 3, "hash_runs": [1, 2, 7, 1]},
+    ]
+    rows = [{"id": name, "block_size": 64, "requests": turns} for name in "ab"]
+    workload = load_workload(write(tmp_path, "s.jsonl", *rows))
+    assert (workload.format, workload.block_size) == ("agent_sessions", 64)
+    a1, b1, a2, _ = workload.requests
+    assert (a1.session_id, b1.session_id, a2.arrival_s) == ("a", "b", 9.5)
+    assert (a2.hash_ids[:2], len(a2.hash_ids)) == (a1.hash_ids, 3)
+    assert not set(a1.hash_ids) & set(b1.hash_ids)
+    for runs in ([1], [1, 10**12], [2**40, 1]):
+        rows[0]["requests"] = [{"t": 0, "in": 100, "out": 3, "hash_runs": runs}]
+        with pytest.raises(InputFileError, match="line 1: "):
+            load_workload(write(tmp_path, "s.jsonl", *rows))
+
+
 def test_azure_and_burstgpt_give_lengths_and_arrivals_from_the_first_on(tmp_path):
     azure = tmp_path / "a.csv"
     azure.write_bytes(
@@ -330,7 +348,7 @@ json_values = st.recursive(
 field_names = st.sampled_from(
     ["messages", "prompt", "conversations", "from", "value", "role", "content", "hash_ids", "input_length",
      "output_length", "timestamp", "chat_id", "body", "custom_id", "request_id", "arrival_s", "tags",
-     "kvtune_workload", "block_size", "max_tokens", "id"]
+     "kvtune_workload", "block_size", "max_tokens", "id", "requests", "hash_runs", "t", "in"]
 )  # fmt: skip
 rows = st.lists(st.dictionaries(field_names, json_values, max_size=5).map(json.dumps), max_size=4)
 hostile = st.binary(max_size=200) | rows.map(lambda lines: "\n".join(lines).encode()) | rows.map(

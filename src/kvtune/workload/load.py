@@ -42,6 +42,7 @@ def load_workload(
             f"{source.path}: holds one line that is not JSON and no rows below it; nothing to read"
         )
     chosen, note = _choose_format(source, first, format, is_csv=is_csv)
+    trace_block_size = trace_block_size or chosen.block_size
     requests, sizes = _read(chosen, itertools.chain([first], rows), trace_block_size, limit)
     if not requests:
         raise InputFileError(f"{source.path}: no request found in {chosen.title}; nothing to serve")

@@ -80,7 +80,8 @@ def _of_module(module: ModuleType) -> list[Passage]:
 
 
 def _documented(module: ModuleType) -> Iterator[tuple[str, Any]]:
-    """(dotted name, object) of the public functions, classes and methods a module defines."""
+    """(dotted name, object) of the public functions, classes and methods a module defines itself: other
+    libraries hang things on standard modules and classes, and the text must not depend on them."""
     yield module.__name__, module
     for name, thing in sorted(vars(module).items()):
         if name.startswith("_") or getattr(thing, "__module__", None) != module.__name__:
@@ -88,7 +89,8 @@ def _documented(module: ModuleType) -> Iterator[tuple[str, Any]]:
         if isinstance(thing, type):
             yield f"{module.__name__}.{name}", thing
             for method, body in sorted(vars(thing).items()):
-                if isinstance(body, FunctionType) and not method.startswith("_"):
+                is_own = isinstance(body, FunctionType) and body.__module__ == module.__name__
+                if is_own and not method.startswith("_"):
                     yield f"{module.__name__}.{name}.{method}", body
         elif callable(thing):
             yield f"{module.__name__}.{name}", thing
@@ -123,6 +125,9 @@ def _source(thing: FunctionType) -> str:
 
 
 def _names_of(module: ModuleType) -> Passage:
-    names = ", ".join(sorted(name for name in vars(module) if not name.startswith("_")))
-    text = f"The module {module.__name__} defines these names: {names}."
+    # `vars` would also list what has been loaded lazily so far.
+    names = getattr(module, "__all__", None) or [
+        name for name, thing in vars(module).items() if getattr(thing, "__module__", None) == module.__name__
+    ]
+    text = f"The module {module.__name__} defines these names: {', '.join(sorted(names))}."
     return Passage(module.__name__, module.__name__, (), text[:_MAX_CHARACTERS], "")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-from kvtune.workload.formats import canonical, hashed, lengths, openai_chat, sharegpt
+from kvtune.workload.formats import agent_sessions, canonical, hashed, lengths, openai_chat, sharegpt
 from kvtune.workload.formats.record import Format
 
 __all__ = ["FORMATS", "Format"]
@@ -20,6 +20,7 @@ FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
         "openai_chat": openai_chat.CHAT,
         "bailian": hashed.BAILIAN,
         "mooncake": hashed.MOONCAKE,
+        "agent_sessions": agent_sessions.FORMAT,
         "azure": lengths.AZURE,
         "burstgpt": lengths.BURSTGPT,
         "prompts": openai_chat.PROMPTS,

@@ -17,7 +17,7 @@ class Format:
     """`matches` sees the first record (JSON object, or CSV column name -> text); `parse` one record at
     a time; `finish` all requests in file order, for what one record cannot know (session chains).
 
-    `default_block_size`: tokens per hash id where the publisher fixed it, None where it is inferred.
+    `block_size`: tokens per hash id where the publisher fixed it, None where the rows have to tell.
     """
 
     name: str
@@ -26,5 +26,4 @@ class Format:
     parse: Callable[[Row], Iterable[WorkloadRequest]]
     finish: Callable[[list[WorkloadRequest]], list[WorkloadRequest]] | None = None
     is_csv: bool = False
-    has_arrivals: bool = True
-    default_block_size: int | None = None
+    block_size: int | None = None

@@ -42,5 +42,4 @@ FORMAT: Final = Format(
     title="ShareGPT conversations",
     matches=lambda first: "conversations" in first,
     parse=parse,
-    has_arrivals=False,
 )
