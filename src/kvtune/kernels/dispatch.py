@@ -78,7 +78,10 @@ def paged_attention(
     q [N, H, Dk]; returns [N, H, Dv] in q.dtype, 0 in padding rows. Query row i of sequence s sits at
     position context_len[s] - rows(s) + i and sees keys at positions <= its own and > own - window.
     `softcap`: scores become softcap * tanh(score / softcap) (Gemma 2). `sinks` [H]: one more logit per
-    head without a value (GPT-OSS). UsageError if the head counts or dims do not fit the cache.
+    head without a value (GPT-OSS). UsageError if the head counts, dims or lengths do not fit the cache.
+
+    Native serves prefill chunks too: gather plus torch's own attention was measured at 0.5 to 0.9 of its
+    speed for 64 and 512 rows, and with one kernel a row's bits do not depend on how a prompt was chunked.
     """
     _check_query(q, cache, batch)
     masking = Masking(scale, window, softcap, sinks)
@@ -113,13 +116,24 @@ def store_kv(
 
 
 def gather_kv(
-    cache: LayerCache, block_ids: torch.Tensor, num_tokens: int, dtype: torch.dtype = torch.float32
+    cache: LayerCache,
+    block_ids: torch.Tensor,
+    num_tokens: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    backend: Backend | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Decode the first `num_tokens` tokens of blocks int [m] -> (k [n, h, Dk], v [n, h, Dv])."""
+    """Decode the first `num_tokens` tokens of blocks int [m] -> (k [n, h, Dk], v [n, h, Dv]).
+
+    Ids below 0 give zeros. The values are the same on every backend; None takes torch.
+    """
     if num_tokens > block_ids.numel() * cache.layout.block_size:
         raise UsageError(
             f"asked for {num_tokens} tokens, found {block_ids.numel()} blocks of {cache.layout.block_size}"
         )
+    if backend is not None and backend.library is not None and _fits_native(cache):
+        k, v = backend.library.gather(cache, block_ids, num_tokens)
+        return k.to(dtype), v.to(dtype)
     return reference.gather_tokens(cache, block_ids, num_tokens, dtype)
 
 
@@ -154,6 +168,22 @@ def _check_query(q: torch.Tensor, cache: LayerCache, batch: AttentionBatch) -> N
         raise UsageError(
             f"batch of {batch.num_seqs} sequences needs query_start [{batch.num_seqs + 1}] and a block table "
             f"row each, found {list(batch.query_start.shape)} and {list(batch.block_table.shape)}"
+        )
+    if batch.num_seqs:
+        _check_lengths(q, cache, batch)
+
+
+def _check_lengths(q: torch.Tensor, cache: LayerCache, batch: AttentionBatch) -> None:
+    """Native code trusts these numbers with memory."""
+    rows = batch.query_start.diff()
+    width = batch.block_table.shape[1] * cache.layout.block_size
+    num_rows, context = int(batch.query_start[-1]), int(batch.context_len.max())
+    before = int((batch.context_len - rows).min())
+    ordered = int(batch.query_start[0]) == 0 and int(rows.min()) >= 0
+    if not ordered or num_rows > q.shape[0] or context > width or before < 0:
+        raise UsageError(
+            f"attention batch does not fit: {num_rows} rows in q of {q.shape[0]}, context up to {context} in "
+            f"a block table of {width} tokens, fewest tokens before a sequence's first row {before}"
         )
 
 

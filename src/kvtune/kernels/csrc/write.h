@@ -201,6 +201,13 @@ static int gather_block(const KvGather& a, int64_t index) {
   const int count = static_cast<int>(left < a.cache->block_size ? left : a.cache->block_size);
   int64_t block = a.block_ids[index];
   const KvArena* arena = find_arena(*a.cache, block);
+  if (block < 0) {
+    const int64_t h = a.cache->num_kv_heads;
+    const int64_t Dk = a.cache->body.k.head_dim, Dv = a.cache->body.v.head_dim;
+    __builtin_memset(a.k + first * h * Dk, 0, static_cast<std::size_t>(count * h * Dk) * 4);
+    __builtin_memset(a.v + first * h * Dv, 0, static_cast<std::size_t>(count * h * Dv) * 4);
+    return KV_OK;
+  }
   if (arena == nullptr) return KV_BAD_BLOCK;
   gather_side(a, *arena, block, first, count, true);
   gather_side(a, *arena, block, first, count, false);
