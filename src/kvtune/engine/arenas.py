@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from kvtune.cache import GroupUsage
 from kvtune.config import CacheConfig
 from kvtune.errors import UsageError
 from kvtune.kernels import LayerCache
@@ -20,14 +17,7 @@ from kvtune.spec import (
     split_budget,
 )
 
-__all__ = [
-    "FIRST_BLOCK_CODEC",
-    "ArenaPlan",
-    "allocate_arenas",
-    "plan_arenas",
-    "resident_bytes_by_codec",
-    "walk_bytes",
-]
+__all__ = ["FIRST_BLOCK_CODEC", "ArenaPlan", "allocate_arenas", "plan_arenas"]
 
 FIRST_BLOCK_CODEC = "bf16"
 """How block 0 of each sequence is stored with `first_block_16bit`."""
@@ -111,37 +101,6 @@ def allocate_arenas(plan: ArenaPlan, cache: CacheConfig) -> dict[int, LayerCache
                 num_first_blocks=first_count,
             )
     return caches
-
-
-def walk_bytes(caches: Mapping[int, LayerCache], group: KVGroup, block_ids: Sequence[int]) -> int:
-    """Bytes the given blocks of one group take in the arenas' real storage, over the group's layers."""
-    total = 0
-    for layer in group.layers:
-        cache = caches[layer]
-        for block in block_ids:
-            arena, row = cache.arena, block
-            if block >= cache.num_blocks and cache.first_arena is not None:
-                arena, row = cache.first_arena, block - cache.num_blocks
-            total += arena[row].nbytes
-    return total
-
-
-def resident_bytes_by_codec(
-    caches: Mapping[int, LayerCache], plan: ArenaPlan, usage: Sequence[GroupUsage]
-) -> dict[str, int]:
-    """Bytes of referenced and idle blocks: "k:<codec>", "v:<codec>" with their scales, and "padding"."""
-    total: Counter[str] = Counter()
-    for group, used in zip(plan.groups, usage, strict=True):
-        for layer in group.layers:
-            cache = caches[layer]
-            counts = (used.body.total - used.body.free, used.first.total - used.first.free)
-            for (_, layout, _), count in zip(cache.parts(), counts, strict=False):
-                k = layout.k_codes_bytes + layout.k_strip_bytes
-                v = layout.v_codes_bytes + layout.v_strip_bytes
-                total[f"k:{layout.k_codec}"] += count * k
-                total[f"v:{layout.v_codec}"] += count * v
-                total["padding"] += count * (layout.block_bytes - k - v)
-    return dict(total)
 
 
 def _layout(group: KVGroup, k_codec: str, v_codec: str, block_size: int) -> PackedLayout:

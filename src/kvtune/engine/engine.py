@@ -20,18 +20,23 @@ from transformers import PreTrainedModel
 
 from kvtune.cache import KVCacheManager
 from kvtune.config import CacheConfig, EngineConfig, SchedulerConfig
-from kvtune.engine.arenas import allocate_arenas, plan_arenas, resident_bytes_by_codec, walk_bytes
+from kvtune.engine.arenas import allocate_arenas, plan_arenas
 from kvtune.engine.identity import READ_CONTRACT, cache_fingerprint, kv_bytes_per_token
 from kvtune.engine.inputs import check_items, check_token_ids
 from kvtune.engine.load import LoadedModel, load_model
 from kvtune.engine.request_state import RequestState
-from kvtune.engine.rope import rope_regime
 from kvtune.engine.runner import ModelRunner, last_rows
 from kvtune.engine.sampler import check_sampling, request_seed, sample
 from kvtune.engine.scoring import Scorer
-from kvtune.engine.telemetry import EngineStats, MemoryReport
+from kvtune.engine.telemetry import (
+    EngineStats,
+    MemoryReport,
+    cache_settings,
+    memory_report,
+    resident_bytes_by_codec,
+)
 from kvtune.errors import UsageError
-from kvtune.kernels import Backend, LayerCache, choose_backend
+from kvtune.kernels import Backend, choose_backend
 from kvtune.recipe import Recipe
 from kvtune.sched import Scheduler
 from kvtune.target import ScoreItem, Scores
@@ -68,7 +73,7 @@ class Engine:
         config: EngineConfig,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        _check_loaded(loaded, config)
+        loaded.check_settings(config)
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         self.loaded = loaded
@@ -274,7 +279,7 @@ class Engine:
             blocks=usage,
             cache=self._manager.stats(),
             scheduler=self._scheduler.stats(),
-            resident_bytes=resident_bytes_by_codec(self._arenas, self._plan, usage),
+            resident_bytes=resident_bytes_by_codec(self._plan, self._arenas, usage),
         )
 
     def effective(self, *, context: int) -> dict[str, Any]:
@@ -282,21 +287,16 @@ class Engine:
 
         `kv_bytes_per_token` at `context` tokens or the engine's length if shorter.
         """
-        layouts = [self._arenas[layer].layout for group in self._plan.groups for layer in group.layers]
         context = min(context, self.max_model_len)
+        spec, scheduler = self.loaded.spec, self._scheduler_config
         return {
-            "k_codec": _one_or_mixed([layout.k_codec for layout in layouts]),
-            "v_codec": _one_or_mixed([layout.v_codec for layout in layouts]),
+            **cache_settings(self._plan, self._arenas),
             "block_size": self._manager.block_size,
             "enable_prefix_caching": self._manager.enable_prefix_caching,
-            "max_num_seqs": self._scheduler_config.max_num_seqs,
-            "max_num_batched_tokens": self._scheduler_config.max_num_batched_tokens,
-            "kv_bytes_per_token": kv_bytes_per_token(
-                self.loaded.spec, self.cache_config, self._scheduler_config, context=context
-            ),
+            "max_num_seqs": scheduler.max_num_seqs,
+            "max_num_batched_tokens": scheduler.max_num_batched_tokens,
+            "kv_bytes_per_token": kv_bytes_per_token(spec, self.cache_config, scheduler, context=context),
             "reference_context": context,
-            "kv_capacity_tokens": self._plan.capacity_tokens,
-            "num_blocks": sum(cache.num_blocks + cache.num_first_blocks for cache in self._group_heads()),
             "max_model_len": self.max_model_len,
             "read_contract": READ_CONTRACT,
             "kernel": self.backend.name,
@@ -305,40 +305,9 @@ class Engine:
             "fingerprint": self.fingerprint.hex(),
         }
 
-    def _group_heads(self) -> list[LayerCache]:
-        """The first layer's arenas of each group: its layers have equally many blocks."""
-        return [self._arenas[group.layers[0]] for group in self._plan.groups]
-
     def memory(self) -> MemoryReport:
         """KV bytes from storage, from the block tables of live requests, and as spec predicts them."""
-        usage = self._manager.usage()
-        plan = self._plan
-        referenced, idle, predicted = 0, 0, 0
-        for group, blocks in zip(plan.groups, self._live_blocks(), strict=True):
-            index = group.index
-            referenced += walk_bytes(self._arenas, group, sorted(blocks))
-            sizes = plan.block_bytes[index], plan.first_block_bytes[index]
-            predicted += usage[index].body.referenced * sizes[0] + usage[index].first.referenced * sizes[1]
-            idle += usage[index].body.idle * sizes[0] + usage[index].first.idle * sizes[1]
-        return MemoryReport(
-            allocated_bytes=sum(
-                arena.untyped_storage().nbytes()
-                for cache in self._arenas.values()
-                for arena, _, _ in cache.parts()
-            ),
-            predicted_allocated_bytes=plan.total_bytes,
-            referenced_bytes=referenced,
-            predicted_referenced_bytes=predicted,
-            idle_bytes=idle,
-        )
-
-    def _live_blocks(self) -> list[set[int]]:
-        """Per group, the ids of blocks that some live request's block table names."""
-        live: list[set[int]] = [set() for _ in self._plan.groups]
-        for request_id in self._manager.request_ids():
-            for blocks, table in zip(live, self._manager.block_tables(request_id), strict=True):
-                blocks.update(table[table >= 0].tolist())
-        return live
+        return memory_report(self._manager, self._plan, self._arenas)
 
     def configure(self, scheduler: SchedulerConfig) -> None:
         """Change the scheduler's settings between steps; all of them are hot."""
@@ -447,24 +416,3 @@ class Engine:
     def _check_open(self) -> None:
         if self._is_closed:
             raise UsageError("this engine is closed; build a new one")
-
-
-def _one_or_mixed(names: list[str]) -> str:
-    return names[0] if len(set(names)) == 1 else "mixed"
-
-
-def _check_loaded(loaded: LoadedModel, config: EngineConfig) -> None:
-    """A shared model brings its dtype, length and RoPE regime; the engine's settings must agree."""
-    if config.dtype != "auto" and f"torch.{config.dtype}" != str(loaded.dtype):
-        raise UsageError(f"dtype {config.dtype} asked for, the loaded model is {loaded.dtype}; load it again")
-    if config.max_model_len is not None:
-        if config.max_model_len > loaded.max_model_len:
-            raise UsageError(
-                f"max_model_len {config.max_model_len} is beyond the loaded model's {loaded.max_model_len}"
-            )
-        regime = rope_regime(loaded.model.config.get_text_config(), config.max_model_len)
-        if regime != loaded.rope_regime:
-            raise UsageError(
-                f"max_model_len {config.max_model_len} needs RoPE regime {regime}, the loaded model has "
-                f"{loaded.rope_regime}; load it with that max_model_len"
-            )

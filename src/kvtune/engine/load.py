@@ -58,6 +58,23 @@ class LoadedModel:
     config_sha256: str
     tokenizer_sha256: str | None
 
+    def check_settings(self, config: EngineConfig) -> None:
+        """UsageError unless an engine with these settings can share the model: its dtype, its length and,
+        under longrope, its regime are what they were when it was loaded."""
+        if config.dtype != "auto" and _DTYPES[config.dtype] != self.dtype:
+            raise UsageError(
+                f"dtype {config.dtype} asked for, the loaded model is {self.dtype}; load it again"
+            )
+        length = config.max_model_len or self.max_model_len
+        if length > self.max_model_len:
+            raise UsageError(f"max_model_len {length} is beyond the loaded model's {self.max_model_len}")
+        regime = rope_regime(self.model.config.get_text_config(), length)
+        if regime != self.rope_regime:
+            raise UsageError(
+                f"max_model_len {length} needs RoPE regime {regime}, the loaded model has "
+                f"{self.rope_regime}; load it with that max_model_len"
+            )
+
 
 def load_model(source: str | Path | PreTrainedModel, config: EngineConfig | None = None) -> LoadedModel:
     """Load, check and self-test a model folder (safetensors, local files, no remote code) or a model object.
@@ -137,7 +154,7 @@ def _read_weights(path: Path, dtype: str) -> PreTrainedModel:
     _weight_files(path)
     try:
         with _quiet_transformers():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype="auto" if dtype == "auto" else _DTYPES[dtype],
                 attn_implementation="eager",
@@ -148,6 +165,7 @@ def _read_weights(path: Path, dtype: str) -> PreTrainedModel:
             )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise InputFileError(f"Transformers cannot load {path}: {_first_line(error)}") from error
+    model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:  # Transformers would run them with random values
         raise InputFileError(f"{path} lacks {len(missing)} weights, the first is {missing[0]}")

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvtune.cache import KVCacheManager
+from kvtune.cache import KVCacheManager, PrefixMatch
 from kvtune.engine.runner import ModelRunner
 from kvtune.errors import UsageError
 from kvtune.target import ScoreItem, Scores
@@ -47,7 +48,6 @@ class _Progress:
     request_id: RequestId
     tokens: npt.NDArray[np.int32]
     position: int = 0
-    has_blocks: bool = False
     parts: list[_Part] = field(default_factory=list[_Part])
 
     @property
@@ -59,8 +59,16 @@ class _Progress:
         return len(self.tokens) - 1 - self.position
 
     def restart(self) -> None:
-        self.position, self.has_blocks = 0, False
+        self.position = 0
         self.parts.clear()
+
+
+class _FirstCall(TypedDict, total=False):
+    """What an item's first allocation brings."""
+
+    match: PrefixMatch
+    token_ids: npt.NDArray[np.int32]
+    cache_salt: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +99,7 @@ class Scorer:
             for order, item in enumerate(items)
         )
         for progress in waiting:
-            if not self._manager.fits(len(progress.tokens)):
+            if not self._manager.fits(len(progress.tokens) - 1):
                 raise UsageError(
                     f"score item {progress.item.item_id!r} has {len(progress.tokens)} tokens, more than the "
                     "KV cache holds; raise kv_budget"
@@ -100,7 +108,9 @@ class Scorer:
         done: dict[int, Scores] = {}
         try:
             while waiting or active:
-                planned = self._plan_step(active, waiting, chunk, salt)
+                planned = self._continue_active(active, waiting, chunk)
+                left = chunk - sum(plan.chunk.num_tokens for plan in planned)
+                planned += self._start_waiting(active, waiting, left, salt)
                 self._run_step(planned, num_top)
                 for finished in [p for p in active if p.remaining == 0]:
                     active.remove(finished)
@@ -108,66 +118,66 @@ class Scorer:
                     done[finished.order] = self._assemble(finished)
         finally:
             for progress in active:
-                if progress.has_blocks:
-                    self._manager.free(progress.request_id)
+                self._manager.free(progress.request_id)
         return [done[order] for order in range(len(items))]
 
-    def _plan_step(
-        self, active: deque[_Progress], waiting: deque[_Progress], budget: int, salt: str
+    def _continue_active(
+        self, active: deque[_Progress], waiting: deque[_Progress], budget: int
     ) -> list[_Planned]:
-        """Continue what is under way, oldest first, then start waiting items while tokens are left."""
+        """Give tokens to what is under way, oldest first; without room the youngest starts again later."""
         planned: list[_Planned] = []
         for progress in list(active):
-            if budget == 0 or progress not in active:
-                break
-            copies = self._make_room(progress, active, waiting, min(budget, progress.remaining))
-            if copies is None:
-                break
-            planned.append(self._planned(progress, min(budget, progress.remaining), copies))
-            budget -= planned[-1].chunk.num_tokens
+            while budget and progress in active:
+                plan = self._plan(progress, budget, is_alone=len(active) == 1)
+                if plan is not None:
+                    planned.append(plan)
+                    budget -= plan.chunk.num_tokens
+                    break
+                if len(active) == 1:
+                    raise UsageError(_BUSY)
+                youngest = active.pop()
+                self._manager.free(youngest.request_id)
+                youngest.restart()
+                waiting.appendleft(youngest)
+        return planned
+
+    def _start_waiting(
+        self, active: deque[_Progress], waiting: deque[_Progress], budget: int, salt: str
+    ) -> list[_Planned]:
+        planned: list[_Planned] = []
         while budget and waiting:
             progress = waiting[0]
-            copies = self._start(progress, budget, salt)
-            if copies is None:
+            prompt = progress.tokens[: progress.first_scored + 1]
+            match = self._manager.match(prompt, cache_salt=salt)
+            progress.position = match.num_tokens
+            first = _FirstCall(match=match, token_ids=prompt, cache_salt=salt)
+            plan = self._plan(progress, budget, is_alone=not active, first=first)
+            if plan is None:
+                progress.restart()
                 if not active:
                     raise UsageError(_BUSY)
                 break
             active.append(waiting.popleft())
-            planned.append(self._planned(progress, min(budget, progress.remaining), copies))
-            budget -= planned[-1].chunk.num_tokens
+            planned.append(plan)
+            budget -= plan.chunk.num_tokens
         return planned
 
-    def _start(self, progress: _Progress, budget: int, salt: str) -> tuple[BlockCopy, ...] | None:
-        prompt = progress.tokens[: progress.first_scored + 1]
-        match = self._manager.match(prompt, cache_salt=salt)
-        target = min(match.num_tokens + budget, len(progress.tokens) - 1)
-        allocation = self._manager.allocate(
-            progress.request_id, target, match=match, token_ids=prompt, cache_salt=salt
-        )
-        if allocation is None:
-            return None
-        progress.position, progress.has_blocks = match.num_tokens, True
-        return allocation.copies
+    def _plan(
+        self, progress: _Progress, budget: int, *, is_alone: bool, first: _FirstCall | None = None
+    ) -> _Planned | None:
+        """A chunk of at most `budget` tokens with slots for them; None without room.
 
-    def _make_room(
-        self, progress: _Progress, active: deque[_Progress], waiting: deque[_Progress], count: int
-    ) -> tuple[BlockCopy, ...] | None:
-        """Slots for `count` more tokens; the youngest item gives way and starts again later.
-
-        None: the youngest was this one.
+        An item that is alone takes smaller chunks first: under a sliding window they need less room.
         """
-        while True:
-            allocation = self._manager.allocate(progress.request_id, progress.position + count)
+        count = min(budget, progress.remaining)
+        while count:
+            allocation = self._manager.allocate(
+                progress.request_id, progress.position + count, **(first or _FirstCall())
+            )
             if allocation is not None:
-                return allocation.copies
-            if len(active) == 1:
-                raise UsageError(_BUSY)
-            youngest = active.pop()
-            self._manager.free(youngest.request_id)
-            youngest.restart()
-            waiting.appendleft(youngest)
-            if youngest is progress:
-                return None
+                return self._planned(progress, count, allocation.copies)
+            count = count // 2 if is_alone else 0
+        return None
 
     def _planned(self, progress: _Progress, count: int, copies: tuple[BlockCopy, ...]) -> _Planned:
         self._runner.copy_blocks(copies)

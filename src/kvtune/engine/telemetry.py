@@ -1,14 +1,22 @@
-"""What the engine tells about itself: counters, memory. Read-only records, no tensors."""
+"""What the engine tells about itself: counters, memory, the settings its parts really have."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from kvtune.cache import CacheStats, GroupUsage
+from kvtune.cache import CacheStats, GroupUsage, KVCacheManager
+from kvtune.engine.arenas import ArenaPlan
+from kvtune.kernels import LayerCache
 from kvtune.sched import SchedulerStats
+from kvtune.spec import KVGroup
 
-__all__ = ["EngineStats", "MemoryReport"]
+__all__ = ["EngineStats", "MemoryReport", "cache_settings", "memory_report", "resident_bytes_by_codec"]
+
+Arenas = Mapping[int, LayerCache]
+"""Model layer index -> that layer's arenas."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,3 +75,73 @@ class MemoryReport:
     @property
     def resident_bytes(self) -> int:
         return self.referenced_bytes + self.idle_bytes
+
+
+def memory_report(manager: KVCacheManager, plan: ArenaPlan, arenas: Arenas) -> MemoryReport:
+    usage = manager.usage()
+    referenced, predicted, idle = 0, 0, 0
+    for group, blocks in zip(plan.groups, _live_blocks(manager, len(plan.groups)), strict=True):
+        used = usage[group.index]
+        body, first = plan.block_bytes[group.index], plan.first_block_bytes[group.index]
+        referenced += _stored_bytes(group, arenas, blocks)
+        predicted += used.body.referenced * body + used.first.referenced * first
+        idle += used.body.idle * body + used.first.idle * first
+    return MemoryReport(
+        allocated_bytes=sum(
+            arena.untyped_storage().nbytes() for cache in arenas.values() for arena, _, _ in cache.parts()
+        ),
+        predicted_allocated_bytes=plan.total_bytes,
+        referenced_bytes=referenced,
+        predicted_referenced_bytes=predicted,
+        idle_bytes=idle,
+    )
+
+
+def _live_blocks(manager: KVCacheManager, num_groups: int) -> list[set[int]]:
+    """Per group, the ids of blocks that some live request's block table names."""
+    live: list[set[int]] = [set() for _ in range(num_groups)]
+    for request_id in manager.request_ids():
+        for blocks, table in zip(live, manager.block_tables(request_id), strict=True):
+            blocks.update(table[table >= 0].tolist())
+    return live
+
+
+def _stored_bytes(group: KVGroup, arenas: Arenas, block_ids: set[int]) -> int:
+    """Bytes the rows of these blocks take in the arenas' real storage, over the group's layers."""
+    total = 0
+    for layer in group.layers:
+        for arena, _, base in arenas[layer].parts():
+            inside = [block - base for block in block_ids if base <= block < base + len(arena)]
+            total += sum(arena[row].nbytes for row in inside)
+    return total
+
+
+def resident_bytes_by_codec(plan: ArenaPlan, arenas: Arenas, usage: Sequence[GroupUsage]) -> dict[str, int]:
+    """Bytes of referenced and idle blocks: "k:<codec>", "v:<codec>" with their scales, and "padding"."""
+    total: Counter[str] = Counter()
+    for group, used in zip(plan.groups, usage, strict=True):
+        counts = (used.body.total - used.body.free, used.first.total - used.first.free)
+        for layer in group.layers:
+            for (_, layout, _), count in zip(arenas[layer].parts(), counts, strict=False):
+                k = layout.k_codes_bytes + layout.k_strip_bytes
+                v = layout.v_codes_bytes + layout.v_strip_bytes
+                total[f"k:{layout.k_codec}"] += count * k
+                total[f"v:{layout.v_codec}"] += count * v
+                total["padding"] += count * (layout.block_bytes - k - v)
+    return dict(total)
+
+
+def cache_settings(plan: ArenaPlan, arenas: Arenas) -> dict[str, Any]:
+    """Codecs and sizes as the arenas have them; "mixed" where layers differ."""
+    layouts = [cache.layout for cache in arenas.values()]
+    heads = [arenas[group.layers[0]] for group in plan.groups]  # layers of a group have equally many blocks
+    return {
+        "k_codec": _one_or_mixed({layout.k_codec for layout in layouts}),
+        "v_codec": _one_or_mixed({layout.v_codec for layout in layouts}),
+        "num_blocks": sum(cache.num_blocks + cache.num_first_blocks for cache in heads),
+        "kv_capacity_tokens": plan.capacity_tokens,
+    }
+
+
+def _one_or_mixed(names: set[str]) -> str:
+    return next(iter(names)) if len(names) == 1 else "mixed"
