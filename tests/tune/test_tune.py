@@ -70,6 +70,7 @@ def test_every_codec_harmful_keeps_the_baseline_and_says_so(
     assert record["status"] == "no_significant_gain" and record["winner"]["is_baseline"]
     assert record["gain"]["kv_bytes_per_token"]["ratio"] == 1.0
     assert Recipe.load(tmp_path / "recipe.json").knobs == record["baseline"]["config"]
+    assert len(lines(tmp_path / "confirmation.jsonl")) >= 12
     assert {t["status"] for t in record["trials"] if t["config"]["k_codec"] != "bf16"} == {"infeasible"}
 
 

@@ -4,6 +4,7 @@
 """
 
 from kvtune.tune.settings import Progress, ProgressEvent, TuneResult, TuneSettings, parse_slo
+from kvtune.tune.study import check_output
 from kvtune.tune.tuner import run
 
-__all__ = ["Progress", "ProgressEvent", "TuneResult", "TuneSettings", "parse_slo", "run"]
+__all__ = ["Progress", "ProgressEvent", "TuneResult", "TuneSettings", "check_output", "parse_slo", "run"]

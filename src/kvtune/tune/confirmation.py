@@ -154,15 +154,20 @@ class Confirmation:
         return Confirmed(
             config=dict(config), quality=quality, ratios=ratios, aa=self.aa_ratios(), reports=tuple(reports),
             rejected=rejected or slow, speed_verdict=speed_verdict, effective=effective,
-            requests=self._answered(), answers=answers,
+            requests=self.asked(), answers=answers,
         )  # fmt: skip
 
-    def _answered(self) -> tuple[LoadRequest, ...]:
-        lengths = {r.request_id: r for r in self._chosen}
+    def baseline_answers(self) -> tuple[tuple[int, ...], ...]:
+        """What the baseline generated for `asked`: the recorded continuations."""
+        return tuple(tuple(int(t) for t in item.continuation) for item in self.reference.items)
+
+    def asked(self) -> tuple[LoadRequest, ...]:
+        """The requests whose answers are recorded, as sent."""
+        chosen = {r.request_id: r for r in self._chosen}
         return tuple(
             LoadRequest(
                 request_id=item.item_id, prompt_token_ids=item.prompt_token_ids,
-                max_tokens=len(item.continuation), cache_salt=lengths[item.item_id].cache_salt,
+                max_tokens=len(item.continuation), cache_salt=chosen[item.item_id].cache_salt,
             )
             for item in self.reference.items
         )  # fmt: skip
@@ -183,7 +188,7 @@ class Confirmation:
             )  # fmt: skip
             if quality.verdict is not Verdict.PASS:
                 return quality, effective, (), None
-            answers = tuple(tuple(int(t) for t in a) for a in running.generate(self._answered()))
+            answers = tuple(tuple(int(t) for t in a) for a in running.generate(self.asked()))
             report = self._load(running, self._search.long)
         return quality, effective, answers, report
 

@@ -18,7 +18,7 @@ from kvtune.errors import MissingExtraError, UsageError
 from kvtune.tune.space import SearchSpace
 from kvtune.tune.trial import Status, Trial
 
-__all__ = ["Study", "locked_folder"]
+__all__ = ["Study", "check_output", "locked_folder"]
 
 JOURNAL = "study.journal"
 NAME = "kvtune"
@@ -47,6 +47,17 @@ def locked_folder(folder: Path) -> Generator[None]:
             (folder / ".lock").unlink(missing_ok=True)
     finally:
         os.close(descriptor)
+
+
+def check_output(folder: Path, *, resume: bool) -> None:
+    """Refuse an output folder before any work is done: not writable, in use, or holding another state."""
+    created = not folder.exists()
+    try:
+        with locked_folder(folder):
+            _check_resumable(folder, folder / JOURNAL, resume=resume)
+    finally:
+        if created and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 class Study:

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from kvtune.quality import Verdict
 from kvtune.recipe import canonical_json, write_atomically
-from kvtune.target import Target
+from kvtune.target import LoadRequest, Target
 from kvtune.tune.confirmation import Confirmation, Confirmed, reserve_s
 from kvtune.tune.evaluation import Evaluator, plain
 from kvtune.tune.outcome import Outcome, is_better_confirmed
@@ -120,7 +120,8 @@ class _Run:
             split={"num_requests": len(self._requests), "num_search": len(self._search_half),
                    "num_confirm": len(self._confirm_half)},
         )  # fmt: skip
-        return self._write(outcome, confirmed)
+        answers = confirmation.baseline_answers() if confirmed is None else confirmed.answers
+        return self._write(outcome, zip(confirmation.asked(), answers, strict=True))
 
     def _fingerprint(self, identity: Mapping[str, Any]) -> str:
         """What a resumed study must share with the one it continues."""
@@ -344,16 +345,16 @@ class _Run:
         lines = "".join(json.dumps(t.to_dict(), allow_nan=False) + "\n" for t in self._trials)
         write_atomically(self._folder / "trials.jsonl", lines)
 
-    def _write(self, outcome: Outcome, confirmed: Confirmed | None) -> TuneResult:
+    def _write(self, outcome: Outcome, answers: Iterable[tuple[LoadRequest, tuple[int, ...]]]) -> TuneResult:
         """All files; result.json last, as its presence says that the run ended."""
         record = outcome.record()
         recipe_path = outcome.recipe(record).save(self._folder / "recipe.json")
         self._write_trials()
-        lines = [] if confirmed is None else [
+        lines = [
             {"request_id": r.request_id, "prompt_token_ids": list(r.prompt_token_ids),
              "token_ids": list(answer), "max_tokens": r.max_tokens, "ignore_eos": r.ignore_eos,
              "cache_salt": r.cache_salt, "temperature": 0.0}
-            for r, answer in zip(confirmed.requests, confirmed.answers, strict=True)
+            for r, answer in answers
         ]  # fmt: skip
         write_atomically(
             self._folder / "confirmation.jsonl", "".join(json.dumps(plain(line)) + "\n" for line in lines)

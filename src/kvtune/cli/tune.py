@@ -1,0 +1,298 @@
+"""`kvtune tune`: find the smallest KV cache that passes the quality gate on your own requests."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvtune.config import EngineConfig, format_bytes, parse_bytes, parse_duration
+from kvtune.errors import UsageError
+
+if TYPE_CHECKING:
+    from kvtune.target import Target
+    from kvtune.tune import ProgressEvent, TuneSettings
+    from kvtune.workload import Materialised, Workload
+
+__all__ = ["tune"]
+
+DEFAULT_BUDGET, DEMO_BUDGET = "10m", "5m"
+DEMO_REQUESTS = 240
+VLLM_TOP = 128
+"""Ids per token asked of a vLLM server: its answers travel as JSON text."""
+
+
+def tune(
+    model: Annotated[
+        Path | None, typer.Argument(help="Model folder (config.json, safetensors).", show_default=False)
+    ] = None,
+    workload: Annotated[
+        Path | None, typer.Option("--workload", help="Your requests: ShareGPT, OpenAI chat JSONL, a trace.")
+    ] = None,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="Tune the bundled stand-in model on generated chats.")
+    ] = False,
+    engine: Annotated[str, typer.Option(help="kvtune | vllm")] = "kvtune",
+    vllm_python: Annotated[
+        Path | None, typer.Option("--vllm-python", help="Python that has vLLM; default the vllm on PATH.")
+    ] = None,
+    slo: Annotated[
+        str | None, typer.Option(help="Latency targets, for example ttft_p95=300ms,tpot_p95=50ms.")
+    ] = None,
+    kv_budget: Annotated[str, typer.Option(help="Memory for KV blocks.")] = "1GiB",
+    budget: Annotated[
+        str | None, typer.Option(help=f"Wall clock for tuning; default {DEFAULT_BUDGET}.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Output folder; default kvtune-out.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted study in --out.")] = False,
+    margin: Annotated[
+        str, typer.Option(help="What counts as harm: near-lossless | balanced | aggressive.")
+    ] = "near-lossless",
+    trace_block_size: Annotated[
+        int | None, typer.Option(help="Prompt tokens per hash id of a trace.")
+    ] = None,
+    scale: Annotated[float, typer.Option(help="Shrink a trace's recorded lengths by this factor.")] = 1.0,
+    max_model_len: Annotated[int | None, typer.Option(min=1, help="Longest sequence in tokens.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto | float32 | bfloat16 | float16")] = "auto",
+    num_requests: Annotated[int | None, typer.Option(min=1, help="Use the first so many requests.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of split, search and statistics.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> int:
+    """Find the smallest KV cache that serves your requests without hurting the answers, and prove it."""
+    from kvtune.quality import ReplaySettings, margin_named
+    from kvtune.recipe import write_atomically
+    from kvtune.report import render
+    from kvtune.tune import TuneSettings, check_output, parse_slo, run
+
+    folder = out or Path("kvtune-demo" if demo else "kvtune-out")
+    settings = TuneSettings(
+        budget_s=parse_duration(budget or (DEMO_BUDGET if demo else DEFAULT_BUDGET)),
+        margin=margin_named(margin).name, slo=None if slo is None else parse_slo(slo),
+        kv_budget_bytes=parse_bytes(kv_budget), seed=seed, resume=resume,
+        engine={"dtype": dtype, "max_model_len": max_model_len},
+        replay=ReplaySettings() if engine == "kvtune" else ReplaySettings(num_decode=0, max_top=VLLM_TOP),
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )  # fmt: skip
+    config = EngineConfig(dtype=dtype, max_model_len=max_model_len)
+    model_path = _model_path(model, demo=demo)
+    check_output(folder, resume=resume)
+    requests = _workload(workload, demo=demo, seed=seed, block_size=trace_block_size, limit=num_requests)
+    target, vocab_size, length = _target(engine, model_path, config, vllm_python)
+    tokens = _materialised(requests, model_path, vocab_size, length, scale=scale, seed=seed)
+    settings = replace(
+        settings, is_synthetic_text=tokens.is_synthetic_text, workload=_facts(requests, tokens),
+        command=_command(model, workload, demo=demo, engine=engine, budget=budget, kv_budget=kv_budget,
+                         out=out, slo=slo, margin=margin, dtype=dtype, seed=seed, scale=scale,
+                         max_model_len=max_model_len, num_requests=num_requests, vllm_python=vllm_python,
+                         trace_block_size=trace_block_size),
+    )  # fmt: skip
+    with _Progress(settings) as progress:
+        try:
+            result = run(target, tokens.requests, settings, folder, progress=progress)
+        except KeyboardInterrupt:
+            progress.close()
+            resumed = settings.command if resume else f"{settings.command} --resume"
+            typer.echo(f"kvtune: interrupted; continue with: {resumed}", err=True)
+            return 130
+    write_atomically(folder / "report.html", render(result.record))
+    print(json.dumps(result.record, allow_nan=False) if as_json else _as_text(result.record, folder))
+    return 0
+
+
+# -- what is tuned --
+
+
+def _model_path(model: Path | None, *, demo: bool) -> Path:
+    if demo:
+        if model is not None:
+            raise UsageError("--demo brings its own model; leave MODEL out")
+        from kvtune.testing.demo import demo_model_path
+
+        return demo_model_path()
+    if model is None:
+        raise UsageError("which model? give a model folder, or --demo")
+    if not model.is_dir():
+        raise UsageError(f"model folder {model} not found; give the folder that holds config.json")
+    return model
+
+
+def _workload(
+    file: Path | None, *, demo: bool, seed: int, block_size: int | None, limit: int | None
+) -> Workload:
+    from kvtune.workload import generate_chat, load_workload
+
+    if file is not None:
+        return load_workload(file, trace_block_size=block_size, limit=limit)
+    if demo:
+        return generate_chat(num_requests=limit or DEMO_REQUESTS, seed=seed, max_chars=4000)
+    raise UsageError("which traffic? give --workload FILE with your requests, or --demo")
+
+
+def _target(
+    engine: str, model: Path, config: EngineConfig, vllm_python: Path | None
+) -> tuple[Target, int, int]:
+    """The engine to measure, the model's vocabulary size and the longest sequence in tokens."""
+    if engine == "kvtune":
+        own = _own_target(model, config)
+        return own, own.loaded.vocab_size, config.max_model_len or own.loaded.max_model_len
+    if engine == "vllm":
+        from kvtune.adapters.vllm_server import VLLMTarget
+
+        server = VLLMTarget(model, python=vllm_python, dtype=config.dtype, max_model_len=config.max_model_len)
+        return server, server.vocab_size, server.max_model_len - 1  # scoring generates one more token
+    raise UsageError(f"unknown engine {engine!r}; known: kvtune, vllm")
+
+
+def _own_target(model: Path, config: EngineConfig) -> Any:
+    from kvtune.errors import MissingExtraError
+
+    try:
+        from kvtune.engine.target import EngineTarget
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("kvtune"):
+            raise
+        raise MissingExtraError("the kvtune engine", "engine") from None
+    return EngineTarget(model, config=config)
+
+
+def _materialised(
+    workload: Workload, model: Path, vocab_size: int, max_model_len: int, *, scale: float, seed: int
+) -> Materialised:
+    from kvtune.adapters.prompt_encoder import prompt_encoder
+    from kvtune.workload import materialise
+
+    needs_text = any(request.has_text for request in workload.requests)
+    tokens = materialise(
+        workload, vocab_size=vocab_size, max_model_len=max_model_len, scale=scale, seed=seed,
+        encode=prompt_encoder(model) if needs_text else None,
+    )  # fmt: skip
+    for note in (*workload.notes, *tokens.notes):
+        typer.echo(f"kvtune: {note}", err=True)
+    return tokens
+
+
+def _facts(workload: Workload, tokens: Materialised) -> dict[str, Any]:
+    """What the recipe says about the traffic it was proven on."""
+    return {
+        "path": None if workload.path is None else str(workload.path), "format": workload.format,
+        "sha256": workload.sha256, "scale": tokens.scale, "num_rejected": len(tokens.rejected),
+        "notes": [*workload.notes, *tokens.notes],
+    }  # fmt: skip
+
+
+def _command(model: Path | None, workload: Path | None, *, demo: bool, **flags: Any) -> str:
+    """The command that repeats this run: what differs from the defaults."""
+    defaults = {"engine": "kvtune", "kv_budget": "1GiB", "margin": "near-lossless", "dtype": "auto",
+                "seed": 0, "scale": 1.0}  # fmt: skip
+    words = ["kvtune", "tune", *([] if model is None else [str(model)]), *(["--demo"] if demo else [])]
+    for name, value in {"workload": workload, **flags}.items():
+        if value is not None and value != defaults.get(name):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join(words)
+
+
+# -- what is shown --
+
+
+class _Progress:
+    """Stage and time left on stderr: a live line on a terminal, one line per trial elsewhere."""
+
+    def __init__(self, settings: TuneSettings) -> None:
+        from rich.console import Console
+
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        text = f"tuning, at most {settings.budget_s:.0f} s"
+        self._status = self._console.status(text) if self._console.is_terminal else None
+
+    def __enter__(self) -> _Progress:
+        if self._status is not None:
+            self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def __call__(self, event: ProgressEvent) -> None:
+        minutes, seconds = divmod(max(0, round(event.time_left_s)), 60)
+        line = f"{minutes}:{seconds:02d} left  {event.stage}: {event.message}"
+        if self._status is not None:
+            best = "" if event.best is None else f"  (best so far {_codecs(event.best['config'])})"
+            self._status.update(line.replace("[", "\\[") + best)
+        if event.trial is None and self._status is not None:
+            return
+        if event.trial is not None and event.trial["status"] == "pruned":
+            return
+        self._console.print(line, markup=False)
+
+
+def _as_text(record: Mapping[str, Any], folder: Path) -> str:
+    baseline, winner, quality = record["baseline"], record["winner"], record["quality"]
+    before, after = (s["metrics"]["kv_bytes_per_token"] for s in (baseline, winner))
+    held = record["held"]
+    lines = [
+        _winner_line(record),
+        f"KV bytes    {after:,.0f} of {before:,.0f} per token at {record['context']:,} tokens "
+        f"({after / before:.3f}x), {1 - after / before:.1%} saved",
+        f"held        {held['winner']['value']:,.1f} requests instead of {held['baseline']['value']:,.1f} in "
+        f"{format_bytes(held['kv_budget_bytes'])} ({held['winner']['source']})",
+        *_speed_lines(record),
+        f"verdict     {quality['verdict']}: {quality['reason']}",
+        *(f"            {note}" for note in quality["notes"]),
+        _failing_line(record["smallest_failing_step"], before),
+        *(f"limit       {limit}" for limit in record["limits"] if limit.startswith("speed")),
+        f"search      {len(record['trials'])} trials in {record['elapsed_s']:.0f} s: {record['stop_reason']}",
+        f"recipe      {record['recipe']}",
+        f"report      {folder / 'report.html'}",
+        f"next        {record['next_command']}",
+    ]
+    return "\n".join(lines)
+
+
+def _winner_line(record: Mapping[str, Any]) -> str:
+    if record["status"] == "winner":
+        return f"winner      {_knobs(record['winner']['config'])}"
+    why = f": {record['rejected'][-1]['reason']}" if record["rejected"] else ""
+    return f"winner      the baseline, no significant gain{why}"
+
+
+def _speed_lines(record: Mapping[str, Any]) -> list[str]:
+    labels = {"tpot_s.mean": "TPOT", "ttft_s.p95": "TTFT p95", "goodput": "goodput"}
+    lines: list[str] = []
+    for name, label in labels.items():
+        gain, noise = record["gain"].get(name), record["aa_noise"].get(name)
+        if gain is None or gain["low"] is None:
+            continue
+        reading = "" if gain["significant"] else ", within noise"
+        floor = (
+            "" if not noise or noise["low"] is None else f"; A/A [{noise['low']:.3f}, {noise['high']:.3f}]"
+        )
+        bounds = f"[{gain['low']:.3f}, {gain['high']:.3f}]"
+        lines.append(f"{label:<11} {gain['ratio']:.3f}x {bounds}{reading}{floor}")
+    return lines
+
+
+def _failing_line(step: Mapping[str, Any] | None, before: float) -> str:
+    if step is None:
+        return "next step   no smaller configuration failed the gate within this search space and budget"
+    size = step["metrics"]["kv_bytes_per_token"] / before
+    quality = step["quality"]
+    return f"next step   {_codecs(step['config'])} ({size:.3f}x) {quality['verdict']}: {quality['reason']}"
+
+
+def _codecs(config: Mapping[str, Any]) -> str:
+    names = [f"{k} {config[k]}" for k in ("k_codec", "v_codec", "kv_dtype") if k in config]
+    return ", ".join(names) or _knobs(config)
+
+
+def _knobs(config: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in config.items())
