@@ -1,0 +1,47 @@
+"""A model folder's tokenizer and chat template as the function `workload.materialise` wants."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from kvtune.errors import InputFileError, MissingExtraError, UsageError
+from kvtune.model_folder import has_tokenizer
+from kvtune.workload import WorkloadRequest
+
+__all__ = ["prompt_encoder"]
+
+
+def prompt_encoder(folder: Path) -> Callable[[WorkloadRequest], list[int]] | None:
+    """Token ids of a request's messages (through the chat template) or prompt; None without a tokenizer.
+
+    InputFileError for a tokenizer that cannot be read, MissingExtraError without Transformers.
+    """
+    if not has_tokenizer(folder):
+        return None
+    try:
+        transformers: Any = importlib.import_module("transformers")
+    except ImportError:
+        raise MissingExtraError(f"reading the tokenizer of {folder}", "engine") from None
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputFileError(f"cannot read the tokenizer in {folder}: {reason}") from error
+
+    def encode(request: WorkloadRequest) -> list[int]:
+        if not request.messages:
+            return [int(token) for token in tokenizer.encode(request.prompt or "")]
+        if not tokenizer.chat_template:
+            raise UsageError(f"{folder} has no chat template, so chat messages cannot be sent to it")
+        messages = [{"role": m.role, "content": m.content} for m in request.messages]
+        found: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+        if isinstance(found, Mapping):
+            found = cast("Mapping[str, Any]", found)["input_ids"]
+        return [int(token) for token in found]
+
+    return encode

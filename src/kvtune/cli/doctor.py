@@ -1,0 +1,148 @@
+"""`kvtune doctor`: what is here, what is missing, the line that fixes it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from kvtune.host import Host
+
+__all__ = ["doctor"]
+
+_PACKAGES = (
+    ("numpy", "numpy", "", True),
+    ("torch", "torch", "engine", True),
+    ("transformers", "transformers", "engine", True),
+    ("safetensors", "safetensors", "engine", True),
+    ("optuna", "optuna", "tune", False),
+    ("httpx2", "httpx2", "tune", False),
+)
+"""(what, module, extra that brings it, needed to run kvtune's own engine)."""
+
+LOW_DISK_BYTES = 2 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One line of the report. `status`: ok, note (something optional is missing) or missing."""
+
+    name: str
+    status: str
+    found: str
+    fix: str | None = None
+
+
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> int:
+    """What is here, what is missing, and the line that fixes it. Exit 3 if kvtune's engine cannot run."""
+    from kvtune.host import read_host
+
+    host = read_host()
+    findings = [*_machine(host), *_packages(), _kernel(), _vllm()]
+    can_run = all(finding.status != "missing" for finding in findings)
+    if as_json:
+        from kvtune import __version__
+
+        report = {
+            "schema_version": 1,
+            "version": __version__,
+            "engine_can_run": can_run,
+            "host": host.to_dict(),
+            "findings": [asdict(finding) for finding in findings],
+        }
+        print(json.dumps(report))
+    else:
+        print("\n".join(_line(finding) for finding in findings))
+    return 0 if can_run else 3
+
+
+def _line(finding: Finding) -> str:
+    mark = {"ok": " ", "note": "-", "missing": "!"}[finding.status]
+    fix = "" if finding.fix is None else f"\n{'':17}-> {finding.fix}"
+    return f"{mark} {finding.name:<14} {finding.found}{fix}"
+
+
+def _machine(host: Host) -> list[Finding]:
+    from kvtune.config import format_bytes
+
+    memory = "unknown"
+    if host.memory_bytes is not None and host.available_memory_bytes is not None:
+        total, free = format_bytes(host.memory_bytes), format_bytes(host.available_memory_bytes)
+        memory = f"{total}, {free} available"
+    disk = shutil.disk_usage(Path.cwd())
+    is_low = disk.free < LOW_DISK_BYTES
+    gpu_fix = "plan and tune on the CPU; for GPU figures run kvtune where the GPU is"
+    return [
+        Finding(name="python", status="ok", found=f"{platform.python_version()} on {host.system}"),
+        Finding(name="cpu", status="ok", found=f"{host.cpu}, {host.num_cpus} usable cores"),
+        Finding(name="instructions", status="ok", found=", ".join(host.isa) or "none that kernels use"),
+        Finding(name="memory", status="ok", found=memory),
+        Finding(
+            name="disk",
+            status="note" if is_low else "ok",
+            found=f"{format_bytes(disk.free)} free in {Path.cwd()}",
+            fix="free some space, or pass --out on another disk" if is_low else None,
+        ),
+        Finding(
+            name="gpu",
+            status="ok" if host.gpus else "note",
+            found="; ".join(host.gpus) or "none found",
+            fix=None if host.gpus else gpu_fix,
+        ),
+    ]
+
+
+def _packages() -> list[Finding]:
+    findings: list[Finding] = []
+    for name, module, extra, is_needed in _PACKAGES:
+        if importlib.util.find_spec(module) is not None:
+            findings.append(Finding(name=name, status="ok", found=_version(name)))
+            continue
+        fix = f"pip install 'kvtune[{extra}]'" if extra else f"pip install {name}"
+        status = "missing" if is_needed else "note"
+        findings.append(Finding(name=name, status=status, found="not installed", fix=fix))
+    return findings
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "installed, version unknown"
+
+
+def _kernel() -> Finding:
+    """Which attention kernel would run, and why not the native one."""
+    if importlib.util.find_spec("torch") is None:
+        return Finding(name="kernel", status="note", found="unknown without torch")
+    from kvtune.kernels import choose_backend
+
+    backend = choose_backend()
+    is_native = backend.name == "native"
+    fix = "pip install --force-reinstall --no-binary kvtune kvtune  (needs a C++17 compiler)"
+    return Finding(
+        name="kernel",
+        status="ok" if is_native else "note",
+        found=str(backend.reason),
+        fix=None if is_native else fix,
+    )
+
+
+def _vllm() -> Finding:
+    """vLLM is found by its command only: importing it takes seconds and it may live in another Python."""
+    from kvtune.adapters.vllm_install import INSTALL_LINE, VLLMInstall
+    from kvtune.errors import EngineUnavailableError
+
+    try:
+        install = VLLMInstall.locate()
+    except EngineUnavailableError:
+        return Finding(name="vllm", status="note", found="no `vllm` on PATH", fix=INSTALL_LINE)
+    return Finding(name="vllm", status="ok", found=f"{shutil.which('vllm')} ({install.python})")
