@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvtune.errors import HostError, UsageError
+from kvtune.errors import HostError, InvariantError, UsageError
 from kvtune.kernels import reference, torch_path
 from kvtune.kernels.batch import AttentionBatch, LayerCache
 from kvtune.kernels.native import MAX_HEAD_DIM, NativeLibrary, library_path
@@ -86,9 +86,15 @@ def paged_attention(
     _check_query(q, cache, batch)
     masking = Masking(scale, window, softcap, sinks)
     if backend.name == "reference":
+        _check_lengths(q, cache, batch)
         return reference.paged_attention(q, cache, batch, masking)
     if backend.library is not None and _fits_native(cache):
-        return backend.library.attention(q, cache, batch, masking)
+        try:
+            return backend.library.attention(q, cache, batch, masking)
+        except InvariantError:
+            _check_lengths(q, cache, batch)  # says what does not fit, if that was it
+            raise
+    _check_lengths(q, cache, batch)
     return torch_path.paged_attention(q, cache, batch, masking)
 
 
@@ -169,12 +175,11 @@ def _check_query(q: torch.Tensor, cache: LayerCache, batch: AttentionBatch) -> N
             f"batch of {batch.num_seqs} sequences needs query_start [{batch.num_seqs + 1}] and a block table "
             f"row each, found {list(batch.query_start.shape)} and {list(batch.block_table.shape)}"
         )
-    if batch.num_seqs:
-        _check_lengths(q, cache, batch)
 
 
 def _check_lengths(q: torch.Tensor, cache: LayerCache, batch: AttentionBatch) -> None:
-    """Native code trusts these numbers with memory."""
+    if not batch.num_seqs:
+        return
     rows = batch.query_start.diff()
     width = batch.block_table.shape[1] * cache.layout.block_size
     num_rows, context = int(batch.query_start[-1]), int(batch.context_len.max())

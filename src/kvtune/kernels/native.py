@@ -18,7 +18,7 @@ from kvtune.spec import PackedLayout
 
 __all__ = ["MAX_HEAD_DIM", "NativeLibrary", "library_path"]
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 MAX_HEAD_DIM = 512
 CODEC_NUMBERS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3, "int4": 4}
 STATUS = {1: "a block id is outside the arenas", 2: "an argument was refused", 3: "out of memory"}
@@ -69,6 +69,7 @@ class _Attention(ctypes.Structure):
         ("block_table", c_void_p),
         ("sinks", c_void_p),
         ("table_stride", c_int64),
+        ("num_rows", c_int64),
         ("num_seqs", c_int32),
         ("num_heads", c_int32),
         ("window", c_int32),
@@ -147,12 +148,10 @@ class NativeLibrary:
     ) -> torch.Tensor:
         """q [N, H, Dk] -> [N, H, Dv] in q.dtype; `lse` float32 [N, H] receives the log-sum-exp, sinks too.
 
-        The caller has checked that the batch fits `q` and the block table.
+        InvariantError if the batch does not fit `q` or the block table, or names a block that is not there.
         """
         dtype, q = q.dtype, _floats(q)
-        num_rows = int(batch.query_start[-1])
         out = torch.empty(*q.shape[:2], cache.layout.v_head_dim, dtype=torch.float32)
-        out[num_rows:] = 0
         starts, lengths, table = (
             x.to(torch.int32).contiguous() for x in (batch.query_start, batch.context_len, batch.block_table)
         )
@@ -168,6 +167,7 @@ class NativeLibrary:
             table.data_ptr(),
             None if sinks is None else sinks.data_ptr(),
             table.shape[1],
+            q.shape[0],
             batch.num_seqs,
             q.shape[1],
             masking.window or 0,

@@ -143,6 +143,24 @@ bool valid(const KvCache* c) {
          (c->first.num_blocks == 0 || (side(c->first.k) && side(c->first.v)));
 }
 
+// Everything that is used as an address must fit q and the block table.
+bool fits(const KvAttention& a) {
+  if (a.num_heads <= 0 || a.num_heads % a.cache->num_kv_heads != 0 || a.query_start[0] != 0) return false;
+  for (int s = 0; s < a.num_seqs; s++) {
+    const int rows = a.query_start[s + 1] - a.query_start[s];
+    if (rows < 0 || a.query_start[s + 1] > a.num_rows || a.context_len[s] < rows ||
+        a.context_len[s] > a.table_stride * a.cache->block_size)
+      return false;
+  }
+  return true;
+}
+
+void clear_padding(const KvAttention& a) {
+  const int64_t width = static_cast<int64_t>(a.num_heads) * a.cache->body.v.head_dim;
+  const int64_t used = a.query_start[a.num_seqs];
+  std::memset(a.out + used * width, 0, static_cast<size_t>((a.num_rows - used) * width) * sizeof(float));
+}
+
 int parallel(int64_t count, int num_threads, const std::function<int(int64_t)>& body) {
   std::atomic<int> status{KV_OK};
   ThreadPool::instance().run(count, num_threads, [&](int64_t i) {
@@ -168,7 +186,7 @@ template <class F> int guarded(F&& body) {
 
 #define KV_EXPORT extern "C" __attribute__((visibility("default")))
 
-KV_EXPORT int32_t kvtune_abi_version() { return 1; }
+KV_EXPORT int32_t kvtune_abi_version() { return 2; }
 
 // Index of an instruction set by name, or of the best one for "auto"; -1 if this machine or build lacks it.
 KV_EXPORT int32_t kvtune_find_isa(const char* name) {
@@ -197,8 +215,8 @@ KV_EXPORT int32_t kvtune_write(const KvWrite* a, int32_t isa_index) {
 
 KV_EXPORT int32_t kvtune_attention(const KvAttention* a, int32_t isa_index) {
   const kvtune::Isa* isa = kvtune::isa_at(isa_index);
-  if (isa == nullptr || !kvtune::valid(a->cache) || a->num_heads % a->cache->num_kv_heads != 0)
-    return KV_BAD_ARGUMENT;
+  if (isa == nullptr || !kvtune::valid(a->cache) || !kvtune::fits(*a)) return KV_BAD_ARGUMENT;
+  kvtune::clear_padding(*a);
   return kvtune::guarded([&] {
     const std::vector<kvtune::Task> tasks = kvtune::list_tasks(*a);
     const int64_t count = static_cast<int64_t>(tasks.size());

@@ -55,7 +55,8 @@ struct KvAttention {
   const int32_t* context_len;
   const int32_t* block_table;
   const float* sinks;  // [H] or null
-  int64_t table_stride;
+  int64_t table_stride;  // blocks per row of the block table
+  int64_t num_rows;      // of q; those beyond query_start[num_seqs] are padding and become 0
   int32_t num_seqs;
   int32_t num_heads;
   int32_t window;  // 0: none
