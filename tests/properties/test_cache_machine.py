@@ -34,7 +34,7 @@ FAMILIES = ([0] * 11, [0, 1] * 6, [1] * 5 + [0] * 6)  # shared prefixes, so that
 TOKENS = st.one_of(
     st.lists(st.integers(0, 1), min_size=1, max_size=11),
     st.builds(lambda f, n: f[:n], st.sampled_from(FAMILIES), st.integers(4, 11)),
-    st.builds(lambda f, n, t: f[:n] + [t], st.sampled_from(FAMILIES), st.integers(1, 10), st.integers(0, 1)),
+    st.builds(lambda f, n, t: [*f[:n], t], st.sampled_from(FAMILIES), st.integers(1, 10), st.integers(0, 1)),
 )
 SALTS = st.sampled_from(["", "", "tenant"])
 
