@@ -130,7 +130,7 @@ def kvtune_bench(capsys):
 
 
 def test_the_command_measures_a_server_prints_one_object_and_saves_every_request(
-    stub, tmp_path, tokens_behaviour
+    stub, tmp_path, tokens_behaviour, kvtune_bench
 ):
     stub.behave = tokens_behaviour(first_s=0.05, gap_s=0.02, cached=1)
     workload = tmp_path / "chat.jsonl"

@@ -26,8 +26,8 @@ VLLM_ENGINE = {
 
 def recipe_of(engine: dict, knobs: dict, *, verdict: str = "PASS", **changes) -> Recipe:
     values = {
-        "model": {"path": "/m y/model"}, "engine": engine, "hardware": {}, "workload": {}, "read_contract": "T0",
-        "kernel": "x", "codec_constants_sha256": codec_constants_sha256(),
+        "model": {"path": "/m y/model"}, "engine": engine, "hardware": {}, "workload": {},
+        "read_contract": "T0", "kernel": "x", "codec_constants_sha256": codec_constants_sha256(),
         "configuration": configuration_of(
             knobs, kv_budget_bytes=1 << 20, engine={"dtype": "bfloat16", "max_model_len": 2048}
         ),
