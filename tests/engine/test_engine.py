@@ -161,6 +161,30 @@ def test_generate_leaves_the_outputs_of_other_requests_for_step(llama, make_engi
     assert not engine.has_unfinished
 
 
+def test_a_step_that_breaks_off_ends_its_requests_and_leaves_the_engine_sound(llama, make_engine):
+    engine = make_engine(llama)
+    expected = engine.generate([PROMPT], GREEDY)[0].token_ids
+    engine.add_request("a", PROMPT, GREEDY)
+    engine.step()
+    forward, engine._runner.forward = engine._runner.forward, _interrupt
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    engine._runner.forward = forward
+    assert [output.finish_reason for output in engine.step()] == [FinishReason.ABORT]
+    assert engine.memory().referenced_bytes == 0
+    assert engine.generate([PROMPT], GREEDY)[0].token_ids == expected
+    engine._manager.check()
+
+
+def _interrupt(*_args):
+    raise KeyboardInterrupt
+
+
+def test_one_text_instead_of_a_list_is_refused(llama, make_engine):
+    with pytest.raises(UsageError, match="prompts must be a list"):
+        make_engine(llama).generate("w1 w2", GREEDY)
+
+
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [

@@ -72,7 +72,7 @@ def _attention_forward(
     if layer is None:
         raise UnsupportedModelError(f"layer {index} attends, but config.json gives it no KV cache of its own")
     kvtune_step.calls[index] = kvtune_step.calls.get(index, 0) + 1
-    if sliding_window is not None and sliding_window != layer.window:
+    if sliding_window != layer.window:
         raise UnsupportedModelError(
             f"layer {index} attends with a window of {sliding_window}, its config says {layer.window}: "
             "the model code and config.json disagree"

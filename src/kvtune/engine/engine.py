@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from kvtune.cache import KVCacheManager
 from kvtune.config import CacheConfig, EngineConfig, SchedulerConfig
 from kvtune.engine.arenas import allocate_arenas, plan_arenas
+from kvtune.engine.detokenizer import TokenDecoder
 from kvtune.engine.identity import READ_CONTRACT, cache_fingerprint, kv_bytes_per_token
 from kvtune.engine.inputs import check_items, check_token_ids
 from kvtune.engine.load import LoadedModel, load_model
@@ -120,6 +121,7 @@ class Engine:
         cache: CacheConfig | None = None,
         scheduler: SchedulerConfig | None = None,
         config: EngineConfig | None = None,
+        tokenizer: TokenDecoder | None = None,
     ) -> Self:
         """An engine over a model folder, a Transformers model object, or an already loaded model.
 
@@ -128,7 +130,7 @@ class Engine:
         """
         config = config or EngineConfig()
         is_loaded = isinstance(path_or_model, LoadedModel)
-        loaded = path_or_model if is_loaded else load_model(path_or_model, config)
+        loaded = path_or_model if is_loaded else load_model(path_or_model, config, tokenizer=tokenizer)
         return cls(
             loaded, cache=cache or CacheConfig(), scheduler=scheduler or SchedulerConfig(), config=config
         )
@@ -160,6 +162,8 @@ class Engine:
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]
     ) -> list[RequestOutput]:
         """Run all prompts to the end; outputs in prompt order. Nothing is left behind on an error."""
+        if isinstance(prompts, str):
+            raise UsageError("prompts must be a list: one text goes in as [text]")
         all_params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(all_params) != len(prompts):
             raise UsageError(f"{len(prompts)} prompts need as many SamplingParams, found {len(all_params)}")
@@ -386,8 +390,12 @@ class Engine:
         if not self._states:
             return []
         output = self._scheduler.schedule()
-        self._runner.copy_blocks(output.copies)
-        sampled = self._run(output)
+        try:
+            self._runner.copy_blocks(output.copies)
+            sampled = self._run(output)
+        except BaseException:
+            self._abandon(output)
+            raise
         updates = self._scheduler.update(output, RunnerOutput(sampled=tuple(sampled.values())))
         moved: list[tuple[RequestState, Sequence[int], str]] = []
         for update in updates:
@@ -407,6 +415,14 @@ class Engine:
         logits = self._runner.forward(output.chunks, last_rows(output.chunks))
         rows = [self._states[chunk.request_id].sample_row() for chunk in output.chunks if chunk.samples]
         return {one.request_id: one for one in sample(logits, rows)}
+
+    def _abandon(self, output: SchedulerOutput) -> None:
+        """A step broke off (out of memory, Ctrl-C): what it was writing is unknown, so its requests end.
+
+        Nothing of it was published; all other requests and the cache are sound.
+        """
+        for chunk in output.chunks:
+            self.abort(chunk.request_id)
 
     def _drop(self, request_id: RequestId) -> None:
         """Abort without an output: nobody is waiting for it any more."""

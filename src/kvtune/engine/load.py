@@ -76,10 +76,16 @@ class LoadedModel:
             )
 
 
-def load_model(source: str | Path | PreTrainedModel, config: EngineConfig | None = None) -> LoadedModel:
+def load_model(
+    source: str | Path | PreTrainedModel,
+    config: EngineConfig | None = None,
+    *,
+    tokenizer: TokenDecoder | None = None,
+) -> LoadedModel:
     """Load, check and self-test a model folder (safetensors, local files, no remote code) or a model object.
 
-    A model object is changed in place (attention function, RoPE regime). Raises InputFileError for a
+    A model object is changed in place (attention function, RoPE regime). `tokenizer`: instead of the
+    folder's own. Raises InputFileError for a
     folder that is not a model, UnsupportedModelError naming layer and kind for a model kvtune cannot
     serve, UsageError for a `max_model_len` beyond the model's.
     """
@@ -101,7 +107,7 @@ def load_model(source: str | Path | PreTrainedModel, config: EngineConfig | None
         model=model,
         spec=spec,
         path=path,
-        tokenizer=None if path is None else _read_tokenizer(path),
+        tokenizer=_read_tokenizer(path) if tokenizer is None and path is not None else tokenizer,
         dtype=model.dtype,
         max_model_len=max_model_len,
         rope_regime=regime,

@@ -84,8 +84,8 @@ def pack_step(
 
 def last_rows(chunks: Sequence[ScheduledChunk]) -> IntArray:
     """Row of the last token of each chunk that samples, in chunk order."""
-    ends = np.cumsum([len(chunk.token_ids) for chunk in chunks]) - 1
-    return np.array([end for end, chunk in zip(ends, chunks, strict=True) if chunk.samples], dtype=np.int64)
+    ends = np.cumsum([len(chunk.token_ids) for chunk in chunks], dtype=np.int64) - 1
+    return ends[np.array([chunk.samples for chunk in chunks], dtype=bool)]
 
 
 class ModelRunner:
