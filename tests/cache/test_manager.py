@@ -173,6 +173,17 @@ def test_a_fork_does_not_share_slots_that_are_not_computed():
     assert [len(t) for t in tables(manager, "b")] == [2]
 
 
+def test_writing_a_shared_block_into_slots_from_before_the_fork_is_refused():
+    manager = manager_of()
+    manager.allocate("a", 8, match=manager.match([1, 2, 3]))
+    manager.commit("a", [1, 2, 3], 3)
+    manager.fork("a", "b")
+    with pytest.raises(InvariantError, match="allocate after a fork"):
+        manager.commit("a", [1, 2, 3, 4], 4)
+    assert len(manager.allocate("a", 4).copies) == 1
+    manager.commit("a", [1, 2, 3, 4], 4)
+
+
 def test_first_blocks_come_from_ids_of_their_own():
     manager = manager_of(blocks=4, num_first_blocks=[2])
     run(manager, "a", [1, 2, 3, 4, 5])

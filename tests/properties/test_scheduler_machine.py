@@ -94,7 +94,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.live)
     @rule(data=st.data(), max_tokens=st.integers(1, 6))
     def fork(self, data, max_tokens):
-        parent = self.live[data.draw(st.sampled_from(sorted(self.live)))]
+        self.fork_from(data.draw(st.sampled_from(sorted(self.live))), max_tokens)
+
+    def fork_from(self, parent_id, max_tokens):
+        parent = self.live[parent_id]
         child = self.request([], max_tokens, parent.request.priority, parent.request.cache_salt)
         try:
             view = self.scheduler.fork(parent.request_id, child)
@@ -116,12 +119,16 @@ class SchedulerMachine(RuleBasedStateMachine):
     def configure(self, config):
         self.scheduler.configure(config)
 
-    @rule(data=st.data(), num_aborts=st.sampled_from([0, 0, 0, 1]))
-    def step(self, data, num_aborts):
+    @rule(
+        data=st.data(), num_aborts=st.sampled_from([0, 0, 0, 1]), forks=st.sampled_from([False, False, True])
+    )
+    def step(self, data, num_aborts, forks):
         output = self.scheduler.schedule()
         assert output.chunks or not self.live
         self.check_output(output)
         sampled = self.run(output)
+        if forks and self.live:
+            self.fork_from(data.draw(st.sampled_from(sorted(self.live))), 6)
         for _ in range(min(num_aborts, len(self.live))):
             self.abort_between(data.draw(st.sampled_from(sorted(self.live))))
         self.take(self.scheduler.update(output, RunnerOutput(sampled=tuple(sampled))))
@@ -135,6 +142,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(ids) == len(set(ids))
         assert not set(ids) & set(output.preempted)
         assert not (output.preempted and output.admitted)
+        for item in output.copies:
+            assert any(item.dst in chunk.block_tables[item.group] for chunk in output.chunks)
         for admission in output.admitted:
             view = self.live[admission.request_id]
             assert admission.num_cached_tokens + sum(admission.misses.values()) == view.num_tokens

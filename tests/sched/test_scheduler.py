@@ -149,6 +149,19 @@ def test_admission_is_gated_on_the_whole_prompt_not_on_the_first_chunk():
     assert bench.scheduler.stats().preemptions == 0
 
 
+def test_whoever_lacks_room_is_not_overtaken_by_a_smaller_request():
+    bench = Bench(blocks=10)
+    bench.add("running", range(10), max_tokens=3)
+    bench.step()
+    bench.add("large", range(20, 34), max_tokens=1)
+    bench.add("small", [50], max_tokens=1)
+    output, _ = bench.step()
+    assert [c.request_id for c in output.chunks] == ["running"]
+    bench.run()
+    order = [a.request_id for o in bench.outputs for a in o.admitted]
+    assert order == ["running", "large", "small"]
+
+
 def test_the_watermark_keeps_blocks_for_growth():
     bench = Bench(blocks=10, watermark=0.5)
     bench.add("a", [1, 2], max_tokens=3)
@@ -307,6 +320,18 @@ def test_a_fork_without_a_free_seat_waits_and_finds_its_prefix_cached():
     assert child.num_output_tokens == 3
 
 
+def test_a_fork_in_the_middle_of_a_step_waits_and_starts_from_what_was_there():
+    bench = Bench()
+    parent = bench.add("parent", [1, 2, 3], max_tokens=3)
+    bench.step()
+    output = bench.scheduler.schedule()
+    child = bench.scheduler.fork("parent", bench.request("child", [], max_tokens=3))
+    bench.scheduler.update(output, RunnerOutput(sampled=(Sampled(request_id="parent", token_id=8),)))
+    assert (parent.token_ids.tolist(), child.token_ids.tolist()) == ([1, 2, 3, 5, 8], [1, 2, 3, 5])
+    bench.run()
+    assert child.num_output_tokens == 3
+
+
 def test_metrics_come_from_the_injected_clock():
     bench = Bench(max_num_batched_tokens=4)
     view = bench.add("a", [1, 2, 3, 4, 5, 6], max_tokens=2)
@@ -337,6 +362,7 @@ def test_a_request_that_fills_the_whole_cache_is_served_despite_watermark_and_re
     bench = Bench(blocks=4, watermark=0.5, reserved=0.4, max_num_batched_tokens=64)
     view = bench.add("a", range(7), max_tokens=2)
     bench.run()
+    assert bench.chunks(bench.outputs[0]) == [("a", 0, 7)]
     assert view.num_output_tokens == 2
 
 

@@ -258,6 +258,7 @@ class KVCacheManager:
                 f"request {request_id!r}: cannot commit {num_computed} tokens after {holding.num_computed}, "
                 f"with {capacity} slots and {len(token_ids)} tokens"
             )
+        self._refuse_shared_write(request_id, holding, num_computed)
         holding.num_computed = num_computed
         num_full = num_computed // self.block_size
         if num_full > holding.num_published:
@@ -267,6 +268,13 @@ class KVCacheManager:
         for g, group in enumerate(self._groups):
             if group.window is not None:
                 self._release_passed(g, holding)
+
+    def _refuse_shared_write(self, request_id: RequestId, holding: Holding, num_computed: int) -> None:
+        if num_computed == holding.num_computed:
+            return
+        for group, table in zip(self._groups, holding.tables, strict=True):
+            if shared_block(group, holding, table) is not None:
+                raise InvariantError(f"request {request_id!r} wrote a shared block; allocate after a fork")
 
     def _publish(self, request_id: RequestId, holding: Holding, token_ids: Tokens, num_full: int) -> None:
         self._extend_hashes(holding, token_ids, num_full)
@@ -294,7 +302,10 @@ class KVCacheManager:
             holding.num_released[g] = visible
 
     def fork(self, parent_id: RequestId, child_id: RequestId) -> None:
-        """The child shares the parent's computed blocks; whoever writes a shared block copies it."""
+        """The child shares the parent's computed blocks; whoever writes a shared block copies it.
+
+        Slots allocated before the fork do not count for it: both allocate again before they write.
+        """
         parent = self._holding(parent_id)
         if child_id in self._holdings:
             raise InvariantError(f"request {child_id!r} exists already")

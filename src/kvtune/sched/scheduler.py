@@ -88,8 +88,9 @@ class Scheduler:
         """Continue the parent's tokens under the child's id and sampling; blocks are shared.
 
         `child.prompt_token_ids` is ignored: prompt and output so far are the parent's, and inherited
-        output counts towards the child's `max_tokens`. A parent that runs and a free seat let the
-        child run at once; otherwise it waits and finds the shared prefix in the cache.
+        output counts towards the child's `max_tokens`. A parent that runs, not in the middle of a
+        step, and a free seat let the child run at once; otherwise it waits and finds the shared
+        prefix in the cache.
         """
         parent = self._live(parent_id)
         self._refuse_known(child.request_id)
@@ -102,7 +103,8 @@ class Scheduler:
         sequence = Sequence(child, parent.prompt_token_ids, order=self._num_submitted)
         sequence.inherit(parent)
         self._register(sequence)
-        if parent.status is Status.RUNNING and len(self._running) < self._config.max_num_seqs:
+        has_seat = len(self._running) < self._config.max_num_seqs
+        if has_seat and parent.status is Status.RUNNING and parent_id not in self._pending:
             self._manager.fork(parent_id, child.request_id)
             sequence.start(self._clock(), num_computed_tokens=parent.num_computed_tokens)
             self._run(sequence)
