@@ -34,25 +34,32 @@ from kvtune.tune.settings import TuneSettings
 from kvtune.tune.space import SearchSpace
 from kvtune.workload import TokenRequest
 
-__all__ = ["Confirmation", "Confirmed", "reserve_s"]
+__all__ = ["Confirmation", "Confirmed", "candidate_s", "reserve_s"]
 
 MAX_ROUNDS = 4
 """Pairs of load runs at most; more are run only while the interval straddles the limit and time is left."""
 SAFETY = 1.25
 
 
-def reserve_s(pace: Pace, baseline: Baseline | None) -> float:
-    """Seconds the confirmation needs, from what its parts cost in the search."""
-    if baseline is None:
-        return 0.0
+def reserve_s(pace: Pace, baseline: Baseline) -> float:
+    """Seconds the confirmation of one candidate needs, from what its parts cost in the search."""
     count = baseline.num_quality
+    reference = (
+        pace.cost_s("start"), pace.cost_s("reference", count), pace.cost_s("decode", baseline.decode_tokens),
+        pace.cost_s("long load"),
+    )  # fmt: skip
+    return SAFETY * sum(reference) + candidate_s(pace, baseline)
+
+
+def candidate_s(pace: Pace, baseline: Baseline) -> float:
+    """Seconds for one candidate: replays, recorded answers, and a second pair of load runs."""
+    count = baseline.num_quality
+    replayed = pace.cost_s("replay", count) or pace.cost_s("reference", count) / 2
     parts = (
-        4 * pace.cost_s("start"),
-        pace.cost_s("reference", count),
-        2 * pace.cost_s("replay", count) + pace.cost_s("reference", count) / 3,  # replay, recorded answers
-        2 * pace.cost_s("decode", baseline.decode_tokens),
-        5 * pace.cost_s("long load"),
-    )
+        3 * pace.cost_s("start"), replayed, pace.cost_s("decode", baseline.decode_tokens),
+        pace.cost_s("reference", count) / 3,  # a third of the reference run is generation
+        3 * pace.cost_s("long load"),
+    )  # fmt: skip
     return SAFETY * sum(parts)
 
 
@@ -202,7 +209,7 @@ class Confirmation:
             ratios = compare_speed(reports, self.baseline_reports, slo=self._slo, rng=self._rng)
             if is_paired and self._judge_speed(ratios)[0] != "UNDECIDED":
                 return ""
-            round_s = 2 * (self._pace.cost_s("start") + self._pace.cost_s("long load"))
+            round_s = 2 * SAFETY * (self._pace.cost_s("start") + self._pace.cost_s("long load"))
             if self._pace.left_s < round_s:
                 return ""
             if len(self.baseline_reports) <= len(reports):

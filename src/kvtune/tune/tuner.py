@@ -14,14 +14,14 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from kvtune.quality import Verdict
 from kvtune.recipe import canonical_json, write_atomically
 from kvtune.target import LoadRequest, Target
-from kvtune.tune.confirmation import Confirmation, Confirmed, reserve_s
+from kvtune.tune.confirmation import Confirmation, Confirmed, candidate_s, reserve_s
 from kvtune.tune.evaluation import Evaluator, plain
 from kvtune.tune.outcome import Outcome, is_better_confirmed
 from kvtune.tune.pace import Pace
@@ -32,6 +32,8 @@ from kvtune.tune.trial import Status, Trial
 from kvtune.workload import TokenRequest, split_by_session
 
 __all__ = ["run"]
+
+T = TypeVar("T")
 
 OUTPUTS = ("result.json", "recipe.json", "trials.jsonl", "confirmation.jsonl", "report.html")
 PROPOSALS = 6
@@ -82,6 +84,7 @@ class _Run:
         self._trials: list[Trial] = []
         self._seen: set[str] = set()
         self._ladder = self._space.ladder(target, context=settings.context)
+        self._rungs = {self._space.label(config) for _, config in self._ladder}
 
     # -- the journey
 
@@ -190,7 +193,8 @@ class _Run:
             number, config = study.ask()
             if self._is_open(config):
                 return number, config
-            if self._space.label(config) not in self._seen and self._space.is_lossy(config):
+            label = self._space.label(config)
+            if label in self._rungs and label not in self._seen:
                 return number, config  # a rung that is ruled out is still a trial worth listing
             study.skip(number)
         left = [c for c in self._space.configs() if self._is_open(c)]
@@ -279,22 +283,26 @@ class _Run:
         return confirmation
 
     def _candidates(self) -> list[Trial]:
-        """What could be the recipe, best first: feasible trials, then rungs the search only pruned.
+        """What could be the recipe, best first: feasible trials and the rungs above them.
 
-        A rung larger than the search's best was not worth measuring then; it is once that best falls.
+        A rung larger than the search's best was pruned unmeasured; it counts once that best falls. Where
+        the search found nothing feasible, rungs of unknown effect are tried from the middle.
         """
         baseline = next(t for t in self._trials if self._is_baseline(t.config))
         tried = {self._space.label(t.config) for t in self._trials if t.status is not Status.PRUNED}
-        rungs = [] if self._objective.has_slo else [
+        rungs = [
             Trial(number=-1, config=config, status=Status.PRUNED,
                   metrics={"kv_bytes_per_token": size, "num_changed": self._space.num_changed(config)})
             for size, config in self._ladder
             if self._space.label(config) not in tried and self._is_passing(config)
         ]  # fmt: skip
-        better = [
-            t for t in (*self._feasible(), *rungs)
-            if not self._is_baseline(t.config) and self._objective.is_better(t, baseline)
-        ]  # fmt: skip
+        feasible = [t for t in self._feasible() if not self._is_baseline(t.config)]
+        better = [t for t in feasible if self._objective.is_better(t, baseline)]
+        if not better or self._objective.has_slo:
+            return better or _bisecting([t for t in rungs if self._objective.is_better(t, baseline)])
+        smallest = min(t.bytes_per_token or 0.0 for t in better)
+        above = [t for t in rungs if (t.bytes_per_token or 0.0) >= smallest]
+        better += [t for t in above if self._objective.is_better(t, baseline)]
         return sorted(
             better, key=functools.cmp_to_key(lambda a, b: -1 if self._objective.is_better(a, b) else 1)
         )
@@ -335,9 +343,7 @@ class _Run:
 
     def _has_no_time(self) -> bool:
         """Whether one more candidate would break the budget."""
-        pace, count = self._pace, self._evaluator.baseline.num_quality
-        parts = pace.cost_s("start"), pace.cost_s("replay", count), pace.cost_s("long load")
-        return pace.left_s < sum(parts)
+        return self._pace.left_s < candidate_s(self._pace, self._evaluator.baseline)
 
     # -- files
 
@@ -375,9 +381,9 @@ class _Run:
         )  # fmt: skip
 
 
-def _bisecting(rungs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _bisecting(rungs: Sequence[T]) -> list[T]:
     """Middle first, then the middles of both halves: a pass prunes all above, a fail points upwards."""
-    order: list[dict[str, Any]] = []
+    order: list[T] = []
     spans = [(0, len(rungs))]
     while spans:
         low, high = spans.pop(0)
