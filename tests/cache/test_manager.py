@@ -309,6 +309,13 @@ def test_misuse_is_an_invariant_error(call, message):
         call(manager)
 
 
+def test_block_hashes_of_other_tokens_are_refused():
+    manager = manager_of()
+    match = manager.match([1, 2, 3])
+    with pytest.raises(InvariantError, match="1 block hashes do not belong to 4 tokens"):
+        manager.match([1, 2, 3, 4], block_hashes=match.block_hashes)
+
+
 def test_a_stale_match_is_refused():
     manager = manager_of(blocks=2)
     run(manager, "a", [1, 2, 3])

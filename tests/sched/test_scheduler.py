@@ -1,5 +1,7 @@
 """Scheduler, one behaviour at a time."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -7,8 +9,11 @@ from kvtune.cache import KVCacheManager
 from kvtune.config import SchedulerConfig
 from kvtune.errors import InvariantError, UsageError
 from kvtune.sched import Scheduler
+from kvtune.sched.preemption import choose_victims, victim_order
+from kvtune.sched.sequence import Sequence
+from kvtune.sched.step import StepPlan
 from kvtune.spec import KVGroup, LayerKind
-from kvtune.types import FinishReason, MissCause, Request, RunnerOutput, Sampled, SamplingParams
+from kvtune.types import BlockCopy, FinishReason, MissCause, Request, RunnerOutput, Sampled, SamplingParams
 
 FULL = KVGroup(index=0, kind=LayerKind.FULL, layers=(0,), num_kv_heads=1, k_head_dim=8, v_head_dim=8)
 EOS = 99
@@ -17,10 +22,10 @@ EOS = 99
 class Bench:
     """A scheduler on a clock that counts steps, with a runner that says what it is told."""
 
-    def __init__(self, blocks=64, *, block_size=2, max_model_len=1000, **config):
+    def __init__(self, blocks=64, *, block_size=2, group=FULL, max_model_len=1000, **config):
         config = {"watermark": 0.0, "reserved": 0.0} | config
         self.now = 0.0
-        self.manager = KVCacheManager([FULL], [blocks], block_size=block_size)
+        self.manager = KVCacheManager([group], [blocks], block_size=block_size)
         self.scheduler = Scheduler(
             self.manager,
             SchedulerConfig(**config),
@@ -206,9 +211,6 @@ def test_what_preemption_lost_is_counted_as_recomputed():
 
 
 def test_a_request_preempted_too_often_is_preempted_last():
-    from kvtune.sched.preemption import victim_order
-    from kvtune.sched.sequence import Sequence
-
     def sequence(name, computed, preemptions=0, priority=0):
         request = Bench().request(name, [1], priority=priority)
         made = Sequence(request, request.prompt_token_ids, order=computed)
@@ -228,8 +230,6 @@ def test_a_request_preempted_too_often_is_preempted_last():
 
 
 def test_nobody_is_preempted_for_a_request_that_then_waits():
-    from kvtune.sched.preemption import choose_victims
-
     a, b, c = "abc"
 
     class Named:
@@ -364,6 +364,23 @@ def test_a_request_that_fills_the_whole_cache_is_served_despite_watermark_and_re
     bench.run()
     assert bench.chunks(bench.outputs[0]) == [("a", 0, 7)]
     assert view.num_output_tokens == 2
+
+
+def test_a_prompt_longer_than_its_window_pool_runs_in_chunks_that_fit():
+    sliding = replace(FULL, kind=LayerKind.SLIDING, window=4)
+    bench = Bench(blocks=6, group=sliding, max_num_batched_tokens=64)
+    view = bench.add("a", range(40), max_tokens=1)
+    bench.run(limit=16)
+    assert view.num_output_tokens == 1
+
+
+def test_a_sequence_taken_out_of_a_step_leaves_neither_tokens_nor_copies():
+    request = Bench().request("a", [1, 2])
+    plan = StepPlan(budget=10)
+    sequence = Sequence(request, request.prompt_token_ids, order=0)
+    plan.add(sequence, 2, (BlockCopy(group=0, src=1, dst=2),))
+    plan.drop(sequence)
+    assert (plan.budget, plan.chunks, plan.copies) == (10, {}, {})
 
 
 def test_misuse_is_named():

@@ -90,6 +90,8 @@ class KVCacheManager:
             misses = {MissCause.DISABLED: num_tokens} if num_tokens else {}
             return PrefixMatch(num_tokens=0, blocks=self._no_blocks, misses=misses, root=root)
         hashes = tuple(block_hashes) if block_hashes is not None else self._hash(root, token_ids)
+        if len(hashes) != num_tokens // self.block_size:
+            raise InvariantError(f"{len(hashes)} block hashes do not belong to {num_tokens} tokens")
         limit = (num_tokens - 1) // self.block_size
         found = longest_match(self._groups, hashes, limit)
         leader, awaited = self._leader(hashes[found.boundary : limit])

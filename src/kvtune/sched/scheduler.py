@@ -161,10 +161,8 @@ class Scheduler:
             return
         if sequence is self._running[0]:
             self._grow_head(step, sequence, num_tokens)
-        elif sequence.is_decoding:
-            self._preempt(step, sequence)
-        # A started prefill that lacks room keeps what it has and waits: it was admitted on its whole
-        # prompt, so this is rare, and the head advances meanwhile.
+        # Anyone else who lacks room keeps its blocks and waits: the head advances meanwhile, and
+        # whoever can use those blocks at once takes them by preemption.
 
     def _grow(self, step: StepPlan, sequence: Sequence, num_tokens: int, reserve: float) -> bool:
         """Allocate, preempting others if that suffices; False when the sequence must not run."""
