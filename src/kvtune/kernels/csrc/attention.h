@@ -13,6 +13,8 @@ struct TokenGroup {
   const uint8_t* v;
   const uint16_t* k_strip;
   const uint16_t* v_strip;
+  const uint8_t* next_k;  // the group a tile later: each line read here fetches its counterpart there
+  const uint8_t* next_v;
   int k_codec;
   int v_codec;
 };
@@ -45,11 +47,15 @@ KV_INLINE bool find_group(const KvCache& cache, const int32_t* table, int head, 
 
 // Unit = WIDTH of a group's 16 tokens. Raw dot products of NU units with R query rows.
 template <int CODEC, int R, int NU>
-KV_INLINE void dot_units(const uint8_t* const* unit, const float* q, int dim, VF (&acc)[NU][R]) {
+KV_INLINE void dot_units(const uint8_t* const* unit, const uint8_t* const* next, const float* q, int dim,
+                         VF (&acc)[NU][R]) {
   constexpr int E = Elements<CODEC>::count;
   for (int w = 0; w < dim / E; w++) {
     VU word[NU];
-    for (int u = 0; u < NU; u++) word[u] = load<VU>(unit[u] + w * 64);
+    for (int u = 0; u < NU; u++) {
+      word[u] = load<VU>(unit[u] + w * 64);
+      __builtin_prefetch(next[u] + w * 64);
+    }
     const float* qw = q + w * E;
 #define KV_STEP(J)                                                        \
   if constexpr (J < E) {                                                  \
@@ -75,18 +81,29 @@ KV_INLINE VI dot4(VI acc, VU codes, VI bytes) {
   return (VI)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)codes, (__m512i)bytes);
 }
 
+// int8 codes carry an offset of 128: its share of the product, known beforehand.
+template <int CODEC> KV_INLINE VI offset_of(int32_t sum) {
+  return VI{} + (CODEC == KV_INT8 ? static_cast<int32_t>(-128u * static_cast<uint32_t>(sum)) : 0);
+}
+// 256 x high + low. Exact: the sum fits 32 bits up to MAX_DIM even where its parts wrap.
+KV_INLINE VF joined(VI high, VI low) { return to_float((VI)(((VU)high << 8) + (VU)low)); }
+
 template <int CODEC, int R, int NU>
-KV_INLINE void dot_units_vnni(const uint8_t* const* unit, const Work& work, int dim, VF (&out)[NU][R]) {
+KV_INLINE void dot_units_vnni(const uint8_t* const* unit, const uint8_t* const* next, const Work& work, int dim,
+                              VF (&out)[NU][R]) {
   VI high[NU][R], low[NU][R];
   for (int u = 0; u < NU; u++)
     for (int r = 0; r < R; r++) {
-      high[u][r] = VI{} + (CODEC == KV_INT8 ? -128 * work.q_high_sum[r] : 0);
-      low[u][r] = VI{} + (CODEC == KV_INT8 ? -128 * work.q_low_sum[r] : 0);
+      high[u][r] = VI{};
+      low[u][r] = offset_of<CODEC>(work.q_bytes_sum[r]);
     }
   constexpr int E = Elements<CODEC>::count;
   for (int w = 0; w < dim / E; w++) {
     VU word[NU];
-    for (int u = 0; u < NU; u++) word[u] = load<VU>(unit[u] + w * 64);
+    for (int u = 0; u < NU; u++) {
+      word[u] = load<VU>(unit[u] + w * 64);
+      __builtin_prefetch(next[u] + w * 64);
+    }
     for (int part = 0; part < E / 4; part++) {
       VU codes[NU];
       for (int u = 0; u < NU; u++)
@@ -103,23 +120,26 @@ KV_INLINE void dot_units_vnni(const uint8_t* const* unit, const Work& work, int 
   }
   for (int u = 0; u < NU; u++)
     for (int r = 0; r < R; r++)
-      out[u][r] = (to_float(high[u][r]) * 256.0f + to_float(low[u][r])) * work.q_step[r];
+      out[u][r] = joined(high[u][r], low[u][r]) * work.q_step[r];
 }
 #endif
 
 template <int CODEC, int R, int NU>
 KV_INLINE void score_units(const TokenGroup* groups, int first, int B, int dim, float scale, Work& work) {
   constexpr int PER_GROUP = GROUP / WIDTH;
-  const uint8_t* unit[NU];
-  for (int u = 0; u < NU; u++)
-    unit[u] = groups[(first + u) / PER_GROUP].k + (first + u) % PER_GROUP * WIDTH * 4;
+  const uint8_t *unit[NU], *next[NU];
+  for (int u = 0; u < NU; u++) {
+    const int offset = (first + u) % PER_GROUP * WIDTH * 4;
+    unit[u] = groups[(first + u) / PER_GROUP].k + offset;
+    next[u] = groups[(first + u) / PER_GROUP].next_k + offset;
+  }
   VF acc[NU][R] = {};
 #ifdef KV_VNNI
   if constexpr (CODEC == KV_INT8 || CODEC == KV_INT4)
-    dot_units_vnni<CODEC, R, NU>(unit, work, dim, acc);
+    dot_units_vnni<CODEC, R, NU>(unit, next, work, dim, acc);
   else
 #endif
-    dot_units<CODEC, R, NU>(unit, work.q, dim, acc);
+    dot_units<CODEC, R, NU>(unit, next, work.q, dim, acc);
   for (int u = 0; u < NU; u++) {
     VF step = splat(scale), minimum{};
     if constexpr (CODEC == KV_INT8 || CODEC == KV_INT4) {
@@ -157,10 +177,13 @@ KV_INLINE void add_values(const TokenGroup* groups, int at, int count, int d0, i
   for (int r = 0; r < R; r++)
     for (int n = 0; n < NV; n++) acc[r][n] = load<VF>(out + r * MAX_DIM + d0 + n * WIDTH);
   for (int g = at; g < at + count; g++) {
-    const uint8_t* base = groups[g].v + d0 * 4;
-    for (int row = 0; row < GROUP / E; row++, base += dim * 4) {
+    const uint8_t *base = groups[g].v + d0 * 4, *next = groups[g].next_v + d0 * 4;
+    for (int row = 0; row < GROUP / E; row++, base += dim * 4, next += dim * 4) {
       VU word[NV];
-      for (int n = 0; n < NV; n++) word[n] = load<VU>(base + n * WIDTH * 4);
+      for (int n = 0; n < NV; n++) {
+        word[n] = load<VU>(base + n * WIDTH * 4);
+        __builtin_prefetch(next + n * WIDTH * 4);
+      }
       const float* weight = work.weights + g * GROUP + row * E;
 #define KV_STEP(J)                                                        \
   if constexpr (J < E) {                                                  \
@@ -188,14 +211,17 @@ KV_INLINE void add_values_vnni(const TokenGroup* groups, int at, int count, int 
   VI high[R][NV], low[R][NV];
   for (int r = 0; r < R; r++)
     for (int n = 0; n < NV; n++) {
-      high[r][n] = VI{} + (CODEC == KV_INT8 ? -128 * sums[2 * r] : 0);
-      low[r][n] = VI{} + (CODEC == KV_INT8 ? -128 * sums[2 * r + 1] : 0);
+      high[r][n] = VI{};
+      low[r][n] = offset_of<CODEC>(sums[r]);
     }
   for (int g = at; g < at + count; g++) {
-    const uint8_t* base = groups[g].v + d0 * 4;
-    for (int row = 0; row < GROUP / E; row++, base += dim * 4) {
+    const uint8_t *base = groups[g].v + d0 * 4, *next = groups[g].next_v + d0 * 4;
+    for (int row = 0; row < GROUP / E; row++, base += dim * 4, next += dim * 4) {
       VU word[NV];
-      for (int n = 0; n < NV; n++) word[n] = load<VU>(base + n * WIDTH * 4);
+      for (int n = 0; n < NV; n++) {
+        word[n] = load<VU>(base + n * WIDTH * 4);
+        __builtin_prefetch(next + n * WIDTH * 4);
+      }
       for (int part = 0; part < E / 4; part++) {
         const int column = g * GROUP + row * E + part * 4;
         VU codes[NV];
@@ -214,42 +240,42 @@ KV_INLINE void add_values_vnni(const TokenGroup* groups, int at, int count, int 
   for (int r = 0; r < R; r++)
     for (int n = 0; n < NV; n++) {
       float* p = out + r * MAX_DIM + d0 + n * WIDTH;
-      const VF sum = to_float(high[r][n]) * 256.0f + to_float(low[r][n]);
-      store(p, load<VF>(p) + sum * step[r]);
+      store(p, load<VF>(p) + joined(high[r][n], low[r][n]) * step[r]);
     }
 }
 
-// work.weights of `count` groups -> bytes; step[r] = 0 where all weights are 0, NaN where one is not finite.
+// work.weights of `count` groups -> bytes and their sum; step[r] = 0 where all weights are 0, NaN where one
+// is not finite.
 KV_INLINE void quantise_weights(int rows, int at, int count, Work& work, int32_t* sums, float* step) {
   for (int r = 0; r < rows; r++) {
     const float* w = work.weights + r * TILE;
-    VF largest{}, poison{};
+    VI largest{};  // weights are not negative: their bits order as integers, NaN above all
     for (int c = at * GROUP; c < (at + count) * GROUP; c += WIDTH) {
-      const VF x = load<VF>(w + c);
-      largest = select(x > largest, x, largest);
-      poison += x * 0.0f;
+      const VI x = load<VI>(w + c) & 0x7fffffff;
+      largest = (x & (x > largest)) | (largest & (x <= largest));
     }
-    const float top = horizontal_max(largest);
-    const float inverse = top > 0.0f ? 32512.0f / top : 0.0f;
-    step[r] = top * (1.0f / 32512.0f) + horizontal_sum(poison);
-    VI high_sum{}, low_sum{};
+    const int32_t bits = _mm512_reduce_max_epi32((__m512i)largest);
+    float top;
+    __builtin_memcpy(&top, &bits, 4);
+    const bool finite = bits < 0x7f800000;
+    const float inverse = finite && top > 0.0f ? 32512.0f / top : 0.0f;
+    step[r] = finite ? top * (1.0f / 32512.0f) : __builtin_nanf("");
+    VI sum{};
     for (int c = at * GROUP; c < (at + count) * GROUP; c += WIDTH) {
       const VI x = (VI)_mm512_cvtps_epi32((__m512)(load<VF>(w + c) * inverse));
-      const VI high = (x + 128) >> 8, low = x - (high << 8);
-      high_sum += high;
-      low_sum += low;
+      const VI high = (x + 128) >> 8;
+      sum += x;
       _mm_storeu_si128((__m128i*)(work.w_high + r * TILE + c), _mm512_cvtepi32_epi8((__m512i)high));
-      _mm_storeu_si128((__m128i*)(work.w_low + r * TILE + c), _mm512_cvtepi32_epi8((__m512i)low));
+      _mm_storeu_si128((__m128i*)(work.w_low + r * TILE + c), _mm512_cvtepi32_epi8((__m512i)x));
     }
-    sums[2 * r] = _mm512_reduce_add_epi32((__m512i)high_sum);
-    sums[2 * r + 1] = _mm512_reduce_add_epi32((__m512i)low_sum);
+    sums[r] = horizontal_sum(sum);
   }
 }
 #endif
 
-// Multiply the weights by V's scales; int4 also adds sum(weight x minimum) to every dim.
+// Multiply the weights by V's scales; int4 also sums weight x minimum, which every dim gets.
 template <int CODEC, int R>
-KV_INLINE void scale_weights(const TokenGroup* groups, int at, int count, int B, int dim, Work& work, float* out) {
+KV_INLINE void scale_weights(const TokenGroup* groups, int at, int count, int B, Work& work) {
   VF shift[R] = {};
   for (int g = at; g < at + count; g++)
     for (int c = 0; c < GROUP; c += WIDTH) {
@@ -266,8 +292,8 @@ KV_INLINE void scale_weights(const TokenGroup* groups, int at, int count, int B,
     }
   if constexpr (CODEC == KV_INT4)
     for (int r = 0; r < R; r++) {
-      const float s = horizontal_sum(shift[r]);
-      for (int d = 0; d < dim; d++) out[r * MAX_DIM + d] += s;
+      float* lanes = work.shift_lanes + r * GROUP;
+      store(lanes, load<VF>(lanes) + shift[r]);
     }
 }
 
@@ -275,11 +301,11 @@ template <int CODEC, int R>
 static void value_groups(const TokenGroup* groups, int at, int count, int B, int dim, Work& work, float* out) {
   constexpr int E = Elements<CODEC>::count, NV = units_at_once(R);
   if constexpr (CODEC == KV_INT8 || CODEC == KV_INT4)
-    scale_weights<CODEC, R>(groups, at, count, B, dim, work, out);
+    scale_weights<CODEC, R>(groups, at, count, B, work);
   int d = 0;
 #ifdef KV_VNNI
   if constexpr (CODEC == KV_INT8 || CODEC == KV_INT4) {
-    int32_t sums[2 * R];
+    int32_t sums[R];
     float step[R];
     quantise_weights(R, at, count, work, sums, step);
     for (; d + NV * WIDTH <= dim; d += NV * WIDTH)
@@ -324,47 +350,61 @@ KV_INLINE VF soft_cap(VF x, float cap) {  // cap * tanh(x / cap), |x / cap| kept
   return cap - 2.0f * cap / (exp_of(y * 2.0f) + 1.0f);
 }
 
-// One row's scores of groups [at, at + count) of the tile at `tile_key` -> weights; updates maximum and total.
-KV_INLINE void softmax_row(const KvAttention& a, Work& work, int r, int dim, int tile_key, int at, int count) {
-  float* scores = work.scores + r * TILE;
-  float* weights = work.weights + r * TILE;
-  const int position = work.position[r];
+// Soft-cap and mask one row's scores in place; returns the largest, -inf if none is visible.
+KV_INLINE float prepare_scores(const KvAttention& a, int position, int first_key, int count, float* scores) {
   const int lowest = a.window > 0 ? position - a.window + 1 : 0;
-  const int begin = at * GROUP, end = (at + count) * GROUP;
+  const bool all_visible = first_key >= lowest && first_key + count - 1 <= position;
   VF top = splat(-__builtin_inff());
-  for (int c = begin; c < end; c += WIDTH) {
+  for (int c = 0; c < count; c += WIDTH) {
     VF s = load<VF>(scores + c);
     if (a.softcap > 0.0f) s = soft_cap(s, a.softcap);
-    const VI key = lane_index() + (tile_key + c);
-    s = select((key <= position) & (key >= lowest), s, splat(-__builtin_inff()));
-    store(scores + c, s);
-    top = select(s > top, s, top);
-    top = select(s == s, top, s);  // a NaN score must reach the output
+    if (!all_visible) {
+      const VI key = lane_index() + (first_key + c);
+      s = select((key <= position) & (key >= lowest), s, splat(-__builtin_inff()));
+    }
+    if (!all_visible || a.softcap > 0.0f) store(scores + c, s);
+    top = select(s > top, s, top);  // a NaN is passed over here and comes back with its weight
   }
-  float tile_max = horizontal_max(top);
-  for (int i = 0; i < WIDTH; i++)
-    if (top[i] != top[i]) tile_max = top[i];
+  return horizontal_max(top);
+}
+
+KV_INLINE bool has_nan(const float* x, int count) {
+  for (int c = 0; c < count; c++)
+    if (x[c] != x[c]) return true;
+  return false;
+}
+
+// One row's scores of groups [at, at + count) of the tile at `tile_key` -> weights; updates maximum and total.
+KV_INLINE void softmax_row(const KvAttention& a, Work& work, int r, int dim, int tile_key, int at, int count) {
+  float* scores = work.scores + r * TILE + at * GROUP;
+  float* weights = work.weights + r * TILE + at * GROUP;
+  const int columns = count * GROUP;
+  const float tile_max = prepare_scores(a, work.position[r], tile_key + at * GROUP, columns, scores);
   const float old_max = work.split.maximum[r];
-  float new_max = tile_max > old_max ? tile_max : old_max;
-  if (tile_max != tile_max) new_max = old_max > -__builtin_inff() ? old_max : 0.0f;
+  float new_max = max_of(tile_max, old_max);
   if (new_max == -__builtin_inff()) {
-    for (int c = begin; c < end; c += WIDTH) store(weights + c, VF{});
-    return;
+    if (!has_nan(scores, columns)) {
+      for (int c = 0; c < columns; c += WIDTH) store(weights + c, VF{});
+      return;
+    }
+    new_max = 0.0f;
   }
   VF sum{};
-  for (int c = begin; c < end; c += WIDTH) {
+  for (int c = 0; c < columns; c += WIDTH) {
     const VF w = exp_of(load<VF>(scores + c) - new_max);
     store(weights + c, w);
     sum += w;
   }
+  float *total = work.total_lanes + r * GROUP, *shift = work.shift_lanes + r * GROUP;
   if (new_max != old_max) {
     const float keep = exp_of(old_max - new_max);
-    work.split.total[r] *= keep;
+    store(total, load<VF>(total) * keep);
+    store(shift, load<VF>(shift) * keep);
     float* acc = work.split.acc + r * MAX_DIM;
     for (int d = 0; d < dim; d++) acc[d] *= keep;
   }
   work.split.maximum[r] = new_max;
-  work.split.total[r] += horizontal_sum(sum);
+  store(total, load<VF>(total) + sum);
 }
 
 // A float V group that ends past the context: copy it with the unwritten tokens (anything, NaN too) as 0.
@@ -378,12 +418,17 @@ KV_INLINE void clear_tail(TokenGroup& group, int valid, int dim, Work& work) {
   group.v = work.v_tail;
 }
 
-KV_INLINE void prefetch_group(const TokenGroup& group, int k_bytes, int v_bytes) {
-  for (int i = 0; i < k_bytes; i += 64) __builtin_prefetch(group.k + i);
-  for (int i = 0; i < v_bytes; i += 64) __builtin_prefetch(group.v + i);
+// Where the next tile's counterpart of each group lies; the group itself where there is none.
+KV_INLINE void look_ahead(const KvAttention& a, const Task& task, int tile_key, int at, int stop, TokenGroup* groups) {
+  const int32_t* table = a.block_table + task.seq * a.table_stride;
+  for (int g = at; g < stop; g++) {
+    TokenGroup ahead = groups[g];
+    const int key = tile_key + TILE + g * GROUP;
+    if (key < a.context_len[task.seq]) find_group(*a.cache, table, task.kv_head, key, ahead);
+    groups[g].next_k = ahead.k;
+    groups[g].next_v = ahead.v;
+  }
 }
-
-KV_INLINE int group_bytes(int codec, int dim) { return GROUP / elements_per_word(codec) * dim * 4; }
 
 // Keys [low, high) of one tile for all rows of the task.
 static int attend_tile(const KvAttention& a, const Task& task, int tile_key, int low, int high, Work& work) {
@@ -395,6 +440,7 @@ static int attend_tile(const KvAttention& a, const Task& task, int tile_key, int
   TokenGroup groups[TILE / GROUP];
   for (int g = at; g < stop; g++)
     if (!find_group(cache, table, task.kv_head, tile_key + g * GROUP, groups[g])) return KV_BAD_BLOCK;
+  look_ahead(a, task, tile_key, at, stop, groups);
   const int context_len = a.context_len[task.seq];
   if (tile_key + stop * GROUP > context_len)
     clear_tail(groups[stop - 1], context_len - tile_key - (stop - 1) * GROUP, Dv, work);
@@ -414,31 +460,24 @@ static int attend_tile(const KvAttention& a, const Task& task, int tile_key, int
   return KV_OK;
 }
 
-static void prefetch_tile(const KvAttention& a, const Task& task, int tile_key, int high) {
-  const KvCache& cache = *a.cache;
-  const int32_t* table = a.block_table + task.seq * a.table_stride;
-  for (int key = tile_key; key < min_of(tile_key + TILE, high); key += GROUP) {
-    TokenGroup group;
-    if (find_group(cache, table, task.kv_head, key, group))
-      prefetch_group(group, group_bytes(group.k_codec, cache.body.k.head_dim),
-                     group_bytes(group.v_codec, cache.body.v.head_dim));
-  }
-}
-
 static int attend_split(const KvAttention& a, const Task& task, int split, Work& work) {
   Partial& part = work.split;
   const int Dv = a.cache->body.v.head_dim;
   for (int r = 0; r < task.num_rows; r++) {
     part.maximum[r] = -__builtin_inff();
-    part.total[r] = 0.0f;
     for (int d = 0; d < Dv; d++) part.acc[r * MAX_DIM + d] = 0.0f;
+    for (int i = 0; i < GROUP; i++) work.total_lanes[r * GROUP + i] = work.shift_lanes[r * GROUP + i] = 0.0f;
   }
   int low = split * SPLIT, high = min_of(low + SPLIT, work.position[task.num_rows - 1] + 1);
   if (a.window > 0) low = max_of(low, work.position[0] - a.window + 1);
   for (int key = low / TILE * TILE; key < high; key += TILE) {
-    prefetch_tile(a, task, key + TILE, high);
     const int status = attend_tile(a, task, key, low, high, work);
     if (status != KV_OK) return status;
+  }
+  for (int r = 0; r < task.num_rows; r++) {
+    part.total[r] = horizontal_sum(load<VF>(work.total_lanes + r * GROUP));
+    const float shift = horizontal_sum(load<VF>(work.shift_lanes + r * GROUP));
+    for (int d = 0; d < Dv; d++) part.acc[r * MAX_DIM + d] += shift;
   }
   return KV_OK;
 }
@@ -464,7 +503,7 @@ static void load_queries(const KvAttention& a, const Task& task, Work& work) {
     // sum - sum is NaN for a query that is not finite: its scores must not look valid.
     work.q_step[r] = top * (1.0f / 32512.0f) + (sum - sum);
     const float inverse = top > 0.0f ? 32512.0f / top : 0.0f;
-    work.q_high_sum[r] = work.q_low_sum[r] = 0;
+    work.q_bytes_sum[r] = 0;
     if (!(top < __builtin_inff()) || sum != sum) {
       __builtin_memset(work.q_high + r * MAX_DIM, 0, Dk);
       __builtin_memset(work.q_low + r * MAX_DIM, 0, Dk);
@@ -475,8 +514,7 @@ static void load_queries(const KvAttention& a, const Task& task, Work& work) {
       const int high = (x + 128) >> 8, low = x - high * 256;
       work.q_high[r * MAX_DIM + d] = static_cast<int8_t>(high);
       work.q_low[r * MAX_DIM + d] = static_cast<int8_t>(low);
-      work.q_high_sum[r] += high;
-      work.q_low_sum[r] += low;
+      work.q_bytes_sum[r] += x;
     }
   }
 }

@@ -111,8 +111,9 @@ struct Work {
   alignas(64) int8_t w_high[MAX_ROWS * TILE];
   alignas(64) int8_t w_low[MAX_ROWS * TILE];
   alignas(64) uint8_t v_tail[GROUP * MAX_DIM * 4];
-  int32_t q_high_sum[MAX_ROWS];
-  int32_t q_low_sum[MAX_ROWS];
+  alignas(64) float total_lanes[MAX_ROWS * GROUP];  // the softmax sum, lane by lane until the split ends
+  alignas(64) float shift_lanes[MAX_ROWS * GROUP];  // int4: sum of weight x minimum of V, the same way
+  int32_t q_bytes_sum[MAX_ROWS];                    // sum of 256 x high + low
   float q_step[MAX_ROWS];
   float q_sum[MAX_ROWS];
   int32_t position[MAX_ROWS];

@@ -30,7 +30,7 @@ KV_INLINE VF splat(float x) {
 }
 KV_INLINE VF as_float(VU x) { return (VF)x; }
 KV_INLINE VF to_float(VI x) { return __builtin_convertvector(x, VF); }
-KV_INLINE VF select(VI mask, VF yes, VF no) { return (VF)(((VI)yes & mask) | ((VI)no & ~mask)); }
+KV_INLINE VF select(VI mask, VF yes, VF no) { return mask ? yes : no; }
 KV_INLINE float max_of(float a, float b) { return a > b ? a : b; }
 KV_INLINE int min_of(int a, int b) { return a < b ? a : b; }
 KV_INLINE int max_of(int a, int b) { return a > b ? a : b; }
@@ -41,16 +41,39 @@ KV_INLINE VI lane_index() {
   return x;
 }
 
-KV_INLINE float horizontal_max(VF x) {
-  float m = x[0];
-  for (int i = 1; i < WIDTH; i++) m = x[i] > m ? x[i] : m;
-  return m;
+// The upper half of the first `N` lanes over the lower half; the rest is not used.
+template <int N, class V> KV_INLINE V upper_half(V x) {
+  V y{};
+#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+  if constexpr (N == 16 && WIDTH == 16)
+    y = __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15);
+  else if constexpr (WIDTH == 16)
+    y = __builtin_shufflevector(x, x, N / 2, N / 2 + 1, N / 2 + 2, N / 2 + 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  else if constexpr (WIDTH == 8)
+    y = __builtin_shufflevector(x, x, N / 2, N / 2 + 1, N / 2 + 2, N / 2 + 3, 4, 5, 6, 7);
+  else
+    y = __builtin_shufflevector(x, x, N / 2, N / 2 + 1, 2, 3);
+#else
+  for (int i = 0; i < N / 2; i++) y[i] = x[i + N / 2];
+#endif
+  return y;
 }
 
-KV_INLINE float horizontal_sum(VF x) {
-  float s = x[0];
-  for (int i = 1; i < WIDTH; i++) s += x[i];
-  return s;
+// Trees, in one fixed order.
+template <int N = WIDTH> KV_INLINE float horizontal_sum(VF x) {
+  if constexpr (N == 1) return x[0];
+  else return horizontal_sum<N / 2>(x + upper_half<N>(x));
+}
+template <int N = WIDTH> KV_INLINE int32_t horizontal_sum(VI x) {
+  if constexpr (N == 1) return x[0];
+  else return horizontal_sum<N / 2>(x + upper_half<N>(x));
+}
+template <int N = WIDTH> KV_INLINE float horizontal_max(VF x) {
+  if constexpr (N == 1) return x[0];
+  else {
+    const VF y = upper_half<N>(x);
+    return horizontal_max<N / 2>(select(y > x, y, x));
+  }
 }
 
 // fp16 in the low 16 bits of each lane -> float. Exact, subnormals included; inf and NaN stay what they are.
