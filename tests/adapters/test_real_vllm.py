@@ -38,8 +38,8 @@ def model_folder(tmp_path_factory) -> Path:
 
     torch.set_num_threads(1)
     return write_model_folder(
-        tmp_path_factory.mktemp("model"), "llama", dtype=torch.bfloat16, head_dim=64, num_heads=4, num_kv_heads=1,
-        num_layers=4, hidden_size=256, vocab_size=VOCAB, max_position_embeddings=1024,
+        tmp_path_factory.mktemp("model"), "llama", dtype=torch.bfloat16, head_dim=64, num_heads=4,
+        num_kv_heads=1, num_layers=4, hidden_size=256, vocab_size=VOCAB, max_position_embeddings=1024,
     )  # fmt: skip
 
 
@@ -219,17 +219,19 @@ def test_a_killed_server_is_a_target_error_and_nothing_of_it_is_left(target):
     assert session_members(session) == []
 
 
-def processes_naming(text: str) -> list[int]:
-    """Processes with `text` in their command line (workers rename themselves; their parents do not)."""
-    found = []
+def processes_below(ancestor: int) -> list[int]:
+    """Living descendants of a process."""
+    parents = {}
     for entry in Path("/proc").iterdir():
         try:
-            if entry.name.isdigit() and text in command_line(int(entry.name)):
-                found.append(int(entry.name))
+            if entry.name.isdigit():
+                parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
         except OSError:
             continue
-    sessions = {os.getsid(pid) for pid in found}
-    return sorted({*found, *(pid for session in sessions for pid in session_members(session))})
+    below = {ancestor}
+    while found := {pid for pid, parent in parents.items() if parent in below} - below:
+        below |= found
+    return sorted(below - {ancestor})
 
 
 CALLER = """
@@ -261,8 +263,9 @@ def test_ctrl_c_leaves_no_process_of_ours_and_ends_no_strangers(model_folder, tm
             assert caller.stdout.readline().startswith("session")
         else:
             time.sleep(6)
-        ours = processes_naming(str(model_folder))
-        assert len(ours) > 1
+        ours = processes_below(caller.pid)
+        assert any("process_guard" in command_line(pid) for pid in ours)
+        assert len(ours) >= 2, "the guard and at least vLLM's first process"
         caller.send_signal(signal.SIGINT)
         assert caller.wait(timeout=30) != 0
         deadline = time.monotonic() + 20
@@ -274,7 +277,7 @@ def test_ctrl_c_leaves_no_process_of_ours_and_ends_no_strangers(model_folder, tm
         stranger.kill()
         stranger.wait()
         caller.kill()
-        caller.wait()
+        caller.communicate()
 
 
 def state_of(pid: int) -> str:
