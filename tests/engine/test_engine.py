@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kvtune import CacheConfig, Engine, EngineConfig, SamplingParams, SchedulerConfig
+from kvtune.engine.sampler import uniform
 from kvtune.errors import InvariantError, UsageError
 from kvtune.types import FinishReason, MissCause
 
@@ -85,6 +86,15 @@ def test_seeded_sampling_repeats_alone_in_company_and_through_preemption(llama, 
     assert tight.stats().scheduler.preemptions > 0
     assert alone == together == squeezed
     assert len({tuple(tokens) for tokens in alone}) == 4
+
+
+def test_token_i_of_a_seeded_request_is_drawn_with_number_i_of_its_seed(llama, make_engine):
+    params = SamplingParams(max_tokens=30, temperature=1.0, seed=11, ignore_eos=True, logprobs=211)
+    output = make_engine(llama).generate([PROMPT], params)[0]
+    for index, (token, top) in enumerate(zip(output.token_ids, output.top_logprobs, strict=True)):
+        cumulative = np.cumsum(np.exp([top[one] for one in range(211)]))
+        low, high = cumulative[token] - np.exp(top[token]), cumulative[token]
+        assert low - 1e-5 <= uniform(11, index) * cumulative[-1] <= high + 1e-5
 
 
 def test_unseeded_requests_differ_from_each_other_and_repeat_in_a_new_engine(llama, make_engine):

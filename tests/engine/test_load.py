@@ -60,7 +60,9 @@ def _eager_and_spec(folder):
 def test_a_window_the_model_code_does_not_have_is_caught(tmp_path):
     model, spec = _eager_and_spec(write_model_folder(tmp_path, "llama"))
     layers = tuple(dataclasses.replace(layer, window=30) for layer in spec.layers)
-    with pytest.raises(UnsupportedModelError, match="layer 0 attends with a window of None, its config says 30"):
+    with pytest.raises(
+        UnsupportedModelError, match="layer 0 attends with a window of None, its config says 30"
+    ):
         check_packed_equals_eager(model, dataclasses.replace(spec, layers=layers))
 
 

@@ -18,7 +18,7 @@ def _items(count: int = 5, seed: int = 4) -> list[ScoreItem]:
     """Items of mixed lengths that share a prefix, the last one shorter than a block."""
     rng = np.random.default_rng(seed)
     stem = rng.integers(3, 211, 40).tolist()
-    sizes = [(60, 9), (41, 30), (50, 1), (90, 17), (1, 5)][:count]
+    sizes = [(60, 9), (41, 150), (50, 1), (90, 17), (1, 5)][:count]
     return [
         ScoreItem(
             item_id=f"item-{index}",
@@ -128,7 +128,7 @@ def test_a_cache_too_small_for_all_items_at_once_still_scores_them(request, fami
     items = _items(4)
     roomy = make_engine(loaded, cache=FULL).score(items, num_top=211, chunk=48)
     tight = make_engine(
-        loaded, cache={**FULL, "kv_budget": 8 * 16384}, scheduler={"max_num_batched_tokens": 48}
+        loaded, cache={**FULL, "kv_budget": 14 * 16384}, scheduler={"max_num_batched_tokens": 48}
     )
     for one, other in zip(roomy, tight.score(items, num_top=211, chunk=48), strict=True):
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)

@@ -120,7 +120,7 @@ def test_a_load_honours_arrivals_and_sleeps_when_idle(target, clock):
 
 
 def test_a_load_equals_generate_and_starts_from_an_empty_prefix_cache(target):
-    with target.start(CONFIG) as running:
+    with target.start({**CONFIG, "block_size": 16}) as running:
         expected = [tuple(tokens) for tokens in running.generate(_requests())]
         for _ in range(2):
             report = running.load(_requests(gap_s=0.0))

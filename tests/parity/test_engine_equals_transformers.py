@@ -12,11 +12,14 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from kvtune import CacheConfig, EngineConfig, SamplingParams, SchedulerConfig
-from kvtune.engine import Engine
+from kvtune.engine import Engine, load_model
 from kvtune.errors import UsageError
 from kvtune.spec import group_block_bytes
+from kvtune.target import ScoreItem
+from kvtune.testing.models import write_model_folder
 
 NEW_TOKENS = 64
 LENGTHS = (3, 17, 40, 75)
@@ -208,6 +211,20 @@ def test_under_longrope_a_long_neighbour_changes_nothing(pair, max_model_len):
     reference = _Reference(model)
     _assert_equal(reference, short, list(alone.token_ids))
     _assert_equal(reference, long, list(beside[1].token_ids))
+
+
+@pytest.mark.parametrize(("max_model_len", "length"), [(128, 100), (512, 200)])
+def test_the_longrope_regimes_are_transformers_own(tmp_path, max_model_len, length):
+    """Against a model nobody touched: it takes the long factors past 128 positions, the short ones before."""
+    folder = write_model_folder(tmp_path, "phi3", max_position_embeddings=512)
+    own = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    tokens = np.random.default_rng(0).integers(3, 211, length).tolist()
+    with torch.no_grad():
+        expected = torch.log_softmax(own(torch.tensor([tokens]), use_cache=False).logits[0], dim=-1)
+    with _engine(load_model(folder, EngineConfig(max_model_len=max_model_len))) as engine:
+        item = ScoreItem(item_id="x", prompt_token_ids=tokens[:1], continuation=tokens[1:])
+        scores = engine.score([item], num_top=211)[0]
+    np.testing.assert_allclose(scores.logprobs, expected[:-1].numpy(), atol=1e-4)
 
 
 @pytest.mark.proof

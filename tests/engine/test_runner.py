@@ -1,0 +1,63 @@
+"""The runner performs what a step says: copies whole blocks, packs integers, returns the rows asked for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from kvtune.engine.runner import last_rows, pack_step
+from kvtune.errors import InvariantError
+from kvtune.types import BlockCopy, BlockId, RequestId, ScheduledChunk
+
+
+def _chunk(tokens, start, *tables, samples=True) -> ScheduledChunk:
+    return ScheduledChunk(
+        request_id=RequestId("r"), token_ids=np.array(tokens, dtype=np.int32), start=start,
+        block_tables=tuple(np.array(table, dtype=np.int32) for table in tables), samples=samples,
+    )  # fmt: skip
+
+
+def test_a_packed_step_holds_positions_slots_and_tables_of_each_group():
+    chunks = [_chunk([7, 8, 9], 15, [4, 2], [-1, 6]), _chunk([5], 0, [3], [1], samples=False)]
+    chunks[0].block_tables[1][0] = 8
+    packed = pack_step(chunks, num_groups=2, block_size=16, pad_rows=8)
+    assert packed.input_ids.tolist() == [7, 8, 9, 5, 0, 0, 0, 0]
+    assert packed.positions.tolist() == [15, 16, 17, 0, 0, 0, 0, 0]
+    assert packed.query_start.tolist() == [0, 3, 4]
+    assert packed.context_len.tolist() == [18, 1]
+    assert packed.block_tables[0].tolist() == [[4, 2], [3, -1]]
+    assert packed.slots[0].tolist() == [4 * 16 + 15, 2 * 16, 2 * 16 + 1, 3 * 16, -1, -1, -1, -1]
+    assert packed.slots[1].tolist() == [8 * 16 + 15, 6 * 16, 6 * 16 + 1, 16, -1, -1, -1, -1]
+    assert last_rows(chunks).tolist() == [2]
+
+
+def test_a_token_without_a_block_is_a_bug_that_is_reported():
+    with pytest.raises(InvariantError, match="no block in KV group 1"):
+        pack_step([_chunk([7], 0, [4], [-1])], num_groups=2, block_size=16)
+
+
+def test_copies_move_whole_blocks_in_every_layer_of_their_group_only(gemma2, make_engine):
+    engine = make_engine(gemma2)
+    generator = torch.Generator().manual_seed(0)
+    for cache in engine._arenas.values():
+        cache.arena.random_(0, 255, generator=generator)
+    before = {layer: cache.arena.clone() for layer, cache in engine._arenas.items()}
+    engine._runner.copy_blocks([
+        BlockCopy(group=1, src=BlockId(3), dst=BlockId(5)), BlockCopy(group=1, src=BlockId(1), dst=BlockId(0))
+    ])  # fmt: skip
+    for group in gemma2.spec.kv_groups():
+        for layer in group.layers:
+            expected = before[layer].clone()
+            if group.index == 1:
+                expected[5], expected[0] = before[layer][3], before[layer][1]
+            assert torch.equal(engine._arenas[layer].arena, expected)
+
+
+def test_logits_are_those_of_the_rows_asked_for(llama, make_engine):
+    runner = make_engine(llama)._runner
+    chunks = [_chunk(range(3, 40), 0, [0, 1, 2]), _chunk(range(50, 60), 0, [3])]
+    whole = runner.forward(chunks, np.arange(47))
+    picked = runner.forward(chunks, np.array([46, 3, 36]))
+    torch.testing.assert_close(picked, whole[[46, 3, 36]])
+    assert runner.forward(chunks, np.array([], dtype=np.int64)).numel() == 0
