@@ -80,6 +80,21 @@ KV_INLINE VI word_of(const int8_t* p) {
 KV_INLINE VI dot4(VI acc, VU codes, VI bytes) {
   return (VI)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)codes, (__m512i)bytes);
 }
+// One instruction, the 4 bytes broadcast by the load itself: compilers do not fold this one.
+KV_INLINE VI dot4(VI acc, VU codes, const int8_t* bytes) {
+  typedef int32_t Word __attribute__((may_alias, aligned(1)));
+  __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(codes), "m"(*reinterpret_cast<const Word*>(bytes)));
+  return acc;
+}
+// Add the products of N code vectors with the same 4 bytes.
+template <int N> KV_INLINE void dot4_all(VI* acc, const VU* codes, const int8_t* bytes) {
+  if constexpr (N == 1) {
+    acc[0] = dot4(acc[0], codes[0], bytes);
+  } else {
+    const VI word = word_of(bytes);
+    for (int n = 0; n < N; n++) acc[n] = dot4(acc[n], codes[n], word);
+  }
+}
 
 // int8 codes carry an offset of 128: its share of the product, known beforehand.
 template <int CODEC> KV_INLINE VI offset_of(int32_t sum) {
@@ -91,11 +106,11 @@ KV_INLINE VF joined(VI high, VI low) { return to_float((VI)(((VU)high << 8) + (V
 template <int CODEC, int R, int NU>
 KV_INLINE void dot_units_vnni(const uint8_t* const* unit, const uint8_t* const* next, const Work& work, int dim,
                               VF (&out)[NU][R]) {
-  VI high[NU][R], low[NU][R];
+  VI high[R][NU], low[R][NU];
   for (int u = 0; u < NU; u++)
     for (int r = 0; r < R; r++) {
-      high[u][r] = VI{};
-      low[u][r] = offset_of<CODEC>(work.q_bytes_sum[r]);
+      high[r][u] = VI{};
+      low[r][u] = offset_of<CODEC>(work.q_bytes_sum[r]);
     }
   constexpr int E = Elements<CODEC>::count;
   for (int w = 0; w < dim / E; w++) {
@@ -109,18 +124,15 @@ KV_INLINE void dot_units_vnni(const uint8_t* const* unit, const uint8_t* const* 
       for (int u = 0; u < NU; u++)
         codes[u] = CODEC == KV_INT8 ? word[u] : (part == 0 ? word[u] : word[u] >> 4) & 0x0f0f0f0fu;
       for (int r = 0; r < R; r++) {
-        const VI qh = word_of(work.q_high + r * MAX_DIM + w * E + part * 4);
-        const VI ql = word_of(work.q_low + r * MAX_DIM + w * E + part * 4);
-        for (int u = 0; u < NU; u++) {
-          high[u][r] = dot4(high[u][r], codes[u], qh);
-          low[u][r] = dot4(low[u][r], codes[u], ql);
-        }
+        const int column = r * MAX_DIM + w * E + part * 4;
+        dot4_all<NU>(high[r], codes, work.q_high + column);
+        dot4_all<NU>(low[r], codes, work.q_low + column);
       }
     }
   }
   for (int u = 0; u < NU; u++)
     for (int r = 0; r < R; r++)
-      out[u][r] = joined(high[u][r], low[u][r]) * work.q_step[r];
+      out[u][r] = joined(high[r][u], low[r][u]) * work.q_step[r];
 }
 #endif
 
@@ -228,11 +240,8 @@ KV_INLINE void add_values_vnni(const TokenGroup* groups, int at, int count, int 
         for (int n = 0; n < NV; n++)
           codes[n] = CODEC == KV_INT8 ? word[n] : (part == 0 ? word[n] : word[n] >> 4) & 0x0f0f0f0fu;
         for (int r = 0; r < R; r++) {
-          const VI wh = word_of(work.w_high + r * TILE + column), wl = word_of(work.w_low + r * TILE + column);
-          for (int n = 0; n < NV; n++) {
-            high[r][n] = dot4(high[r][n], codes[n], wh);
-            low[r][n] = dot4(low[r][n], codes[n], wl);
-          }
+          dot4_all<NV>(high[r], codes, work.w_high + r * TILE + column);
+          dot4_all<NV>(low[r], codes, work.w_low + r * TILE + column);
         }
       }
     }
