@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from kvtune._version import __version__
 from kvtune.config import CacheConfig, EngineConfig, SchedulerConfig
 from kvtune.errors import KVTuneError
 from kvtune.types import FinishReason, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
     from kvtune.engine import Engine
-
-__version__ = "0.1.0"
 
 __all__ = [
     "CacheConfig",

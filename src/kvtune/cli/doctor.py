@@ -49,7 +49,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
     findings = [*_machine(host), *_packages(), _kernel(), _vllm()]
     can_run = all(finding.status != "missing" for finding in findings)
     if as_json:
-        from kvtune import __version__
+        from kvtune._version import __version__
 
         report = {
             "schema_version": 1,

@@ -40,7 +40,7 @@ def build_app(verbs: Sequence[str]) -> typer.Typer:
     @app.callback()
     def root(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
         if version:
-            from kvtune import __version__
+            from kvtune._version import __version__
 
             print(__version__)
             raise typer.Exit

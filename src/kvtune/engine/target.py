@@ -14,7 +14,7 @@ from typing import Any, Self, TypeVar
 import torch
 import transformers
 
-import kvtune
+from kvtune._version import __version__
 from kvtune.codecs import CODECS
 from kvtune.config import CacheConfig, EngineConfig, SchedulerConfig
 from kvtune.engine.engine import Engine
@@ -105,7 +105,7 @@ class EngineTarget:
             },
             "engine": {
                 "name": self.name,
-                "version": kvtune.__version__,
+                "version": __version__,
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
                 "python": platform.python_version(),

@@ -6,6 +6,7 @@ The C++ sources are in csrc/. `num_threads` follows torch's at each call; with o
 from __future__ import annotations
 
 import ctypes
+import sys
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
@@ -92,9 +93,8 @@ class _Gather(ctypes.Structure):
 
 def library_path() -> Path | None:
     """Where the built library lies: beside this module, or wherever the package was installed from."""
-    import kvtune  # noqa: PLC0415  the package's search path knows both places of an editable install
-
-    for root in kvtune.__path__:
+    # the package's search path knows both places of an editable install
+    for root in sys.modules["kvtune"].__path__:
         path = Path(root) / "kernels" / "libkvtune_kernels.so"
         if path.is_file():
             return path

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kvtune import __version__
+from kvtune._version import __version__
 from kvtune.quality import Slo, SpeedRatios, Verdict, margin_named, summarise
 from kvtune.recipe import DEFAULT_VOIDED_BY, Recipe, codec_constants_sha256, configuration_of
 from kvtune.target import Config, LoadReport, Target
@@ -215,7 +215,7 @@ class Outcome:
             f"load runs: {len(plan.source)} requests, answers of at most {plan.max_tokens} tokens, "
             f"recorded times x {plan.arrival_scale:.3g}",
             f"quality: answers of at most {replay.max_tokens} tokens, "
-            f"{self.search.num_quality} requests in each half",
+            f"{self.search.num_quality} requests in the search",
         ]
         if self.confirmed is not None and self.confirmed.speed_verdict != "PASS":
             worst = max(self.confirmed.ratios.ratios.items(), key=lambda item: item[1].high
