@@ -10,10 +10,12 @@ import importlib
 import json
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 from typer.exceptions import Abort, TyperException
 
+from kvtune._version import __version__
 from kvtune.errors import KVTuneError
 
 VERBS = {
@@ -31,24 +33,29 @@ def build_app(verbs: Sequence[str]) -> typer.Typer:
     """The typer application holding just `verbs`."""
     app = typer.Typer(
         name="kvtune",
-        help="Find the smallest KV cache that serves your LLM traffic, prove it, run it.",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
     )
 
     @app.callback()
-    def root(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
-        if version:
-            from kvtune._version import __version__
-
-            print(__version__)
-            raise typer.Exit
+    def root(
+        version: Annotated[
+            bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
+        ] = False,
+    ) -> None:
+        """Find the smallest KV cache that serves your LLM traffic, prove it, run it."""
 
     for verb in verbs:
         function = getattr(importlib.import_module(f"kvtune.cli.{verb}"), verb)
         app.command(verb, help=None if function.__doc__ else VERBS[verb])(function)
     return app
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
 
 
 def main(argv: Sequence[str] | None = None) -> int:
