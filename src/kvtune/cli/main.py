@@ -68,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KVTuneError as error:
         return _fail(str(error), error.exit_code, as_json="--json" in args)
     except TyperException as error:
-        message = getattr(error, "format_message", lambda: str(error))()
-        return _fail(message, 2, as_json="--json" in args)
+        describe = getattr(error, "format_message", None)  # click's errors have it, typer's root does not
+        return _fail(str(error) if describe is None else describe(), 2, as_json="--json" in args)
     except (KeyboardInterrupt, Abort):
         print("kvtune: interrupted", file=sys.stderr)
         return 130
