@@ -1,5 +1,6 @@
 """The benchmark: its result keys, its arithmetic, and the whole command against a scripted server."""
 
+import ast
 import json
 
 import numpy as np
@@ -7,8 +8,10 @@ import pytest
 
 from kvtune.adapters.bench_requests import load_requests, text_request
 from kvtune.adapters.bench_result import BenchRecord, arrivals_at_rate, summarise
+from kvtune.adapters.emit import emit_recipe
 from kvtune.cli.main import main
 from kvtune.errors import UsageError
+from kvtune.recipe import Recipe, codec_constants_sha256, configuration_of
 from kvtune.workload import Message, WorkloadRequest, load_workload
 
 VLLM_KEYS = (
@@ -159,6 +162,33 @@ def test_the_command_exits_3_when_nothing_completed_and_says_why(stub, tmp_path,
     code, out, _ = kvtune_bench("--url", stub.url, "--workload", str(workload))
     assert code == 3
     assert "HTTP 503: overloaded" in out
+
+
+def test_a_recipe_is_measured_in_process_and_its_emitted_snippet_runs(tmp_path, trace, kvtune_bench, capsys):
+    from kvtune.testing.models import write_model_folder
+
+    model = write_model_folder(tmp_path / "llama", "llama", max_position_embeddings=128)
+    knobs = {"k_codec": "int8", "v_codec": "int8", "block_size": 16, "max_num_seqs": 2}
+    recipe = Recipe(
+        model={"path": str(model)}, engine={"name": "kvtune"}, hardware={}, workload={},
+        read_contract="T0", kernel="torch", codec_constants_sha256=codec_constants_sha256(),
+        baseline={}, evidence={},
+        fallback={}, quality={"verdict": "PASS"},
+        configuration=configuration_of(knobs, kv_budget_bytes=1 << 20,
+                                       engine={"num_threads": 1, "kernel": "torch"}),
+    )  # fmt: skip
+    path = recipe.save(tmp_path / "recipe.json")
+    code, out, err = kvtune_bench(
+        "--recipe", str(path), "--workload", str(trace), "--trace-block-size", "16", "--json"
+    )
+    assert code == 0, err
+    result = json.loads(out)
+    assert (result["backend"], result["completed"], result["total_output_tokens"]) == ("kvtune", 3, 7)
+    assert result["total_cached_tokens"] > 0
+    assert {name: result["effective"][name] for name in knobs} == knobs
+    exec(emit_recipe(recipe, path, "transformers").text, {})
+    said = ast.literal_eval(capsys.readouterr().out.strip().splitlines()[-1])
+    assert 0 < len(said) <= 64
 
 
 @pytest.mark.parametrize(

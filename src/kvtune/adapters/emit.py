@@ -16,6 +16,7 @@ from typing import Any
 from kvtune.adapters.vllm_install import knob_flags
 from kvtune.config import parse_bytes
 from kvtune.errors import UsageError
+from kvtune.model_folder import has_tokenizer
 from kvtune.recipe import Recipe
 
 __all__ = ["TARGETS", "Emission", "check_flags", "emit_recipe"]
@@ -127,11 +128,14 @@ def _emit_transformers(recipe: Recipe, path: Path) -> Emission:
     else:
         names = "CacheConfig, Engine, SamplingParams, SchedulerConfig"
         build = _carried_engine(recipe, warnings)
+    folder = Path(_model(recipe))
+    takes_text = not folder.is_dir() or has_tokenizer(folder)
+    prompts, shown = ('["Hello"]', "text") if takes_text else ("[[1, 2, 3]]", "token_ids")
     snippet = (
         f"from kvtune import {names}\n\n"
         f"{build}\n"
-        'outputs = engine.generate(["Hello"], SamplingParams(max_tokens=64, temperature=0.0))\n'
-        "print(outputs[0].text)\n"
+        f"outputs = engine.generate({prompts}, SamplingParams(max_tokens=64, temperature=0.0))\n"
+        f"print(outputs[0].{shown})\n"
     )
     text = _header(recipe, "kvtune over Transformers", warnings) + snippet
     return Emission(target="transformers", text=text, command=None, warnings=tuple(warnings))
