@@ -145,13 +145,10 @@ class RunningEngine:
 
     def __init__(self, engine: Engine, *, clock: Callable[[], float], sleep: Callable[[float], None]) -> None:
         self.engine = engine
+        self.effective: Mapping[str, Any] = engine.effective(context=REFERENCE_CONTEXT)
+        """Settings as the live engine has them: read from its arenas, manager and scheduler."""
         self._clock = clock
         self._sleep = sleep
-
-    @property
-    def effective(self) -> Mapping[str, Any]:
-        """Settings as the live engine has them: from its arenas, manager and scheduler."""
-        return self.engine.effective(context=REFERENCE_CONTEXT)
 
     def generate(self, requests: Sequence[LoadRequest]) -> Sequence[Sequence[int]]:
         """Greedy continuations. Raises UsageError for a request that can never be served."""
