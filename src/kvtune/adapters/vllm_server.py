@@ -6,10 +6,12 @@ running server. vLLM's own quantised KV encodes at write and decodes at every re
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import http.client
 import itertools
 import secrets
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -99,9 +101,10 @@ class VLLMTarget:
         self._start_timeout_s = start_timeout_s
         self._extra_flags = tuple(extra_flags)
         self._clock = clock
-        self._temporary = None if run_dir else tempfile.TemporaryDirectory(prefix="kvtune-vllm-")
-        self._run_dir = run_dir or Path(self._temporary.name if self._temporary else "")
+        self._is_temporary = run_dir is None
+        self._run_dir = run_dir or Path(tempfile.mkdtemp(prefix="kvtune-vllm-"))
         self._run_dir.mkdir(parents=True, exist_ok=True)
+        atexit.register(self.close)
         self._starts = itertools.count()
 
     @property
@@ -175,7 +178,7 @@ class VLLMTarget:
 
     def kv_bytes_per_token(self, config: Config, *, context: int) -> float:
         """Allocator bytes per token of one sequence of `context` tokens, by vLLM's paging rules."""
-        return self._sequence_bytes(config, context) / context
+        return self.predicted_bytes(config, context) / context
 
     def start(self, config: Config, *, kv_budget_bytes: int | None = None) -> RunningVLLM:
         """Start a server and wait until it answers. `kv_budget_bytes`: 1 GiB unless given.
@@ -216,14 +219,11 @@ class VLLMTarget:
             *self._fixed_flags(),
         ]  # fmt: skip
 
-    def predicted_bytes(self, config: Config, num_tokens: int) -> int:
-        """Allocator bytes of one sequence of `num_tokens` tokens under `config`."""
-        return self._sequence_bytes(config, num_tokens)
-
     def close(self) -> None:
-        """Remove the temporary log folder, if there is one."""
-        if self._temporary is not None:
-            self._temporary.cleanup()
+        """Remove the temporary log folder, unless an error message pointed to a log in it; idempotent."""
+        atexit.unregister(self.close)
+        if self._is_temporary:
+            shutil.rmtree(self._run_dir, ignore_errors=True)
 
     @property
     def max_model_len(self) -> int:
@@ -251,7 +251,8 @@ class VLLMTarget:
             "--enable-prompt-tokens-details", "--max-logprobs", "-1",
         ]  # fmt: skip
 
-    def _sequence_bytes(self, config: Config, num_tokens: int) -> int:
+    def predicted_bytes(self, config: Config, num_tokens: int) -> int:
+        """Allocator bytes of one sequence of `num_tokens` tokens. UsageError for an unknown cache dtype."""
         offer = self.offer
         kv_dtype = str(config.get("kv_dtype", "auto"))
         name = format_name(kv_dtype, offer.model_dtype)
@@ -273,7 +274,7 @@ class VLLMTarget:
             raise UsageError(
                 f"{offer.attention_backend} cannot use block size {block_size}; it offers {sizes}"
             )
-        needed = self._sequence_bytes(config, self.max_model_len)
+        needed = self.predicted_bytes(config, self.max_model_len)
         if needed > budget:
             raise UsageError(
                 f"KV budget {format_bytes(budget)} cannot hold one sequence of {self.max_model_len} tokens "
@@ -285,12 +286,20 @@ class VLLMTarget:
         while not _is_healthy(port):
             code = process.exit_code()
             if code is not None:
-                raise _start_failure(process, code)
+                raise self._start_failure(process, code)
             if time.monotonic() > deadline:
+                self._is_temporary = False
                 raise EngineUnavailableError(
                     f"vLLM did not answer within {self._start_timeout_s:.0f} s; its log is {process.log_path}"
                 )
             time.sleep(HEALTH_POLL_S)
+
+    def _start_failure(self, process: ServerProcess, code: int) -> Exception:
+        cause = root_cause(process.log_tail(1 << 20)) or f"it ended with exit code {code}"
+        if any(words in cause for words in INFEASIBLE):
+            return UsageError(f"vLLM cannot run this configuration: {cause}")
+        self._is_temporary = False
+        return EngineUnavailableError(f"vLLM did not start: {cause} (log: {process.log_path})")
 
 
 def _around(default: int) -> tuple[int, ...]:
@@ -306,13 +315,6 @@ def _is_healthy(port: int) -> bool:
             return connection.getresponse().status == 200
         except (OSError, http.client.HTTPException):
             return False
-
-
-def _start_failure(process: ServerProcess, code: int) -> Exception:
-    cause = root_cause(process.log_tail(1 << 20)) or f"it ended with exit code {code}"
-    if any(words in cause for words in INFEASIBLE):
-        return UsageError(f"vLLM cannot run this configuration: {cause}")
-    return EngineUnavailableError(f"vLLM did not start: {cause} (log: {process.log_path})")
 
 
 def _check_who_answers(client: CompletionsClient, served_name: str) -> None:
