@@ -281,6 +281,16 @@ def test_a_decode_replay_that_is_worse_decides() -> None:
     assert bad.verdict is Verdict.FAIL and bad.reason.startswith("decode_")
 
 
+def test_a_decode_replay_of_few_requests_does_not_blunt_the_verdict() -> None:
+    reference, scores, _ = make_case(damage_of_kl(0.3 * NEAR.kl), seed=4, num_decode=16, num=96)
+    alone = judge(reference, scores, margin=NEAR, is_lossy=True, rng=np.random.default_rng(0))
+    both = judge(reference, scores, margin=NEAR, is_lossy=True, rng=np.random.default_rng(0),
+                 decode_scores=scores[:16])  # fmt: skip
+    assert alone.verdict is both.verdict is Verdict.PASS
+    by_name = {m.name: m.excess for m in both.metrics}
+    assert by_name["decode_flips"].high == pytest.approx(by_name["flips"].high, rel=0.02)
+
+
 def test_noise_above_a_third_of_the_margin_is_undecided_not_a_wider_threshold() -> None:
     noisy = damage_of_kl(0.5 * NEAR.kl)
     verdict = verdict_of(noisy, floor=noisy)

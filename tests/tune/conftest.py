@@ -1,4 +1,4 @@
-"""A deterministic engine behind the Target port: real logits, perturbed by codec; time on an injected clock."""
+"""A deterministic engine behind the Target port: real logits perturbed by codec, time on its own clock."""
 
 from __future__ import annotations
 
@@ -85,6 +85,13 @@ class FakeTarget:
         return FakeRunning(self, config, kv_budget_bytes or 1 << 20)
 
 
+def unfinished(request_id: str) -> LoadResult:
+    return LoadResult(
+        request_id=request_id, token_ids=(), num_cached_tokens=0, ttft_s=None, tpot_s=None, e2e_s=None,
+        error="not finished before the deadline",
+    )  # fmt: skip
+
+
 class FakeRunning:
     def __init__(self, target: FakeTarget, config: Config, budget: int) -> None:
         self.target, self.config = target, config
@@ -118,15 +125,15 @@ class FakeRunning:
             jitter = factor * float(rng.lognormal(0, self.target.noise))
             tpot, ttft = 0.004 * jitter, (0.02 + 0.002 * i) * jitter
             results.append(
-                LoadResult(request_id=r.request_id, token_ids=[1] * r.max_tokens, num_cached_tokens=0, ttft_s=ttft,
-                           tpot_s=tpot, e2e_s=ttft + tpot * r.max_tokens)
+                LoadResult(
+                    request_id=r.request_id, token_ids=[1] * r.max_tokens, num_cached_tokens=0,
+                    ttft_s=ttft, tpot_s=tpot, e2e_s=ttft + tpot * r.max_tokens,
+                )
             )  # fmt: skip
             total = max(total, r.arrival_s + ttft + tpot * r.max_tokens)
         duration = total if deadline_s is None else min(total, deadline_s)
         if duration < total:
-            results = [r if (r.e2e_s or 0) <= duration else
-                       LoadResult(request_id=r.request_id, token_ids=(), num_cached_tokens=0, ttft_s=None, tpot_s=None,
-                                  e2e_s=None, error="not finished before the deadline") for r in results]  # fmt: skip
+            results = [r if (r.e2e_s or 0) <= duration else unfinished(r.request_id) for r in results]
         self.target.clock.now += duration
         return LoadReport(results=results, duration_s=duration)
 
@@ -152,9 +159,9 @@ class FakeRunning:
 
     def _logits(self, item_id: str, tokens: int, chunk: int | None) -> np.ndarray:
         logits = seeded("model", item_id).normal(0, 3, (tokens, VOCABULARY))
-        table = {**self.target.damage, **self.target.confirm_damage} if item_id in self.target.confirm_ids else (
-            self.target.damage
-        )  # fmt: skip
+        table = dict(self.target.damage)
+        if item_id in self.target.confirm_ids:
+            table |= self.target.confirm_damage
         for side in ("k_codec", "v_codec"):
             spread = table[self.config[side]]
             if spread:

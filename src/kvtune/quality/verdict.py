@@ -138,8 +138,12 @@ def judge(
     metrics = [_weigh(m, (candidate, floor), reference.clusters, margin=margin, rng=rng) for m in METRICS]
     if decoded:
         base["num_decode"] = len(decoded)
-        clusters = [reference.clusters[i] for i in reference.decode_items]
-        metrics += [_weigh(f"decode_{m}", decode_pair, clusters, margin=margin, rng=rng) for m in METRICS]
+        rows = reference.decode_items
+        prefill_pair = [candidate[i] for i in rows], [floor[i] for i in rows]
+        clusters = [reference.clusters[i] for i in rows]
+        metrics += [
+            _weigh_decode(prefill, decode_pair, prefill_pair, clusters, rng=rng) for prefill in metrics
+        ]
     verdict, reason = _combine(metrics, base["num_clusters"])
     return QualityVerdict(verdict=verdict, reason=reason, metrics=tuple(metrics), **base)
 
@@ -185,21 +189,44 @@ def _judge_bit_equal(
     return QualityVerdict(verdict=Verdict.PASS, reason=reason, is_lossless=True, **base)
 
 
+_Means = np.ndarray[Any, np.dtype[np.float64]]
 _Pair = tuple[Sequence[TokenDivergence], Sequence[TokenDivergence]]
 
 
-def _item_means(divergences: Sequence[TokenDivergence], metric: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _item_means(divergences: Sequence[TokenDivergence], metric: str) -> _Means:
     return np.array([float(getattr(d, metric).mean()) for d in divergences])
 
 
 def _weigh(
     name: str, pair: _Pair, clusters: Sequence[str], *, margin: Margin, rng: np.random.Generator
 ) -> MetricVerdict:
-    """One metric of (candidate, floor); `name` is the metric's, with `decode_` before it for that replay."""
-    metric = name.removeprefix("decode_")
-    limit = margin.limits()[metric]
-    raw, noise = _item_means(pair[0], metric), _item_means(pair[1], metric)
+    """One metric of (candidate, floor) over all requests."""
+    raw, noise = _item_means(pair[0], name), _item_means(pair[1], name)
     excess = bootstrap_mean(raw - noise, clusters, rng=rng)
+    return _metric_verdict(name, margin.limits()[name], raw, noise, excess)
+
+
+def _weigh_decode(
+    prefill: MetricVerdict, decode: _Pair, same_by_prefill: _Pair, clusters: Sequence[str], *,
+    rng: np.random.Generator,
+) -> MetricVerdict:  # fmt: skip
+    """One metric as decoding would show it: all requests by prefill plus what decoding adds on the subset.
+
+    Sixteen requests alone cannot hold a mean to the margin; their paired difference to the prefill replay
+    of the same requests can, and is exactly zero where both paths compute the same bits. The bounds are
+    sums of bounds, hence conservative.
+    """
+    raw, noise = _item_means(decode[0], prefill.name), _item_means(decode[1], prefill.name)
+    known, known_noise = (_item_means(side, prefill.name) for side in same_by_prefill)
+    added = bootstrap_mean((raw - noise) - (known - known_noise), clusters, rng=rng)
+    excess = Estimate(
+        value=prefill.excess.value + added.value, low=prefill.excess.low + added.low,
+        high=prefill.excess.high + added.high, n=added.n, num_clusters=added.num_clusters,
+    )  # fmt: skip
+    return _metric_verdict(f"decode_{prefill.name}", prefill.margin, raw, noise, excess)
+
+
+def _metric_verdict(name: str, limit: float, raw: _Means, noise: _Means, excess: Estimate) -> MetricVerdict:
     floor_level = abs(float(noise.mean()))  # delta-NLL noise has a sign; its size is what blinds the ruler
     verdict = Verdict.UNDECIDED
     if excess.low > limit:
@@ -208,7 +235,8 @@ def _weigh(
         verdict = Verdict.PASS
     return MetricVerdict(
         name=name, margin=limit, raw=float(raw.mean()), floor=floor_level, excess=excess, verdict=verdict,
-        more_requests=_more_requests(excess, limit) if floor_level <= limit * FLOOR_SHARE else None,
+        more_requests=_more_requests(excess, limit) if verdict is Verdict.UNDECIDED and
+        floor_level <= limit * FLOOR_SHARE else None,
     )  # fmt: skip
 
 

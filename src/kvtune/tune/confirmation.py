@@ -26,7 +26,7 @@ from kvtune.quality import (
     replay,
     replay_decode,
 )
-from kvtune.target import Config, LoadReport, LoadRequest, Target
+from kvtune.target import Config, LoadReport, LoadRequest, Scores, Target
 from kvtune.tune.evaluation import CRASHES, Baseline, plain, started, warmed
 from kvtune.tune.loads import LoadPlan, choose_for_quality
 from kvtune.tune.pace import Pace
@@ -52,7 +52,8 @@ def reserve_s(pace: Pace, baseline: Baseline) -> float:
 
 
 def candidate_s(pace: Pace, baseline: Baseline) -> float:
-    """Seconds for one candidate: replays, recorded answers, and a second pair of load runs."""
+    """Seconds for one candidate at the search's number of requests: replays, recorded answers, and a
+    second pair of load runs."""
     count = baseline.num_quality
     replayed = pace.cost_s("replay", count) or pace.cost_s("reference", count) / 2
     parts = (
@@ -61,6 +62,18 @@ def candidate_s(pace: Pace, baseline: Baseline) -> float:
         3 * pace.cost_s("long load"),
     )  # fmt: skip
     return SAFETY * sum(parts)
+
+
+def affordable_requests(pace: Pace, baseline: Baseline) -> int:
+    """Requests the time left can replay for the baseline and two candidates; at least the search's count."""
+    fixed = 4 * pace.cost_s("start") + 5 * pace.cost_s("long load")
+    fixed += 3 * pace.cost_s("decode", baseline.decode_tokens)
+    each = pace.cost_s("reference") * (1 + 1 / 3) + 2 * (
+        pace.cost_s("replay") or pace.cost_s("reference") / 2
+    )
+    if each <= 0:
+        return baseline.num_quality
+    return max(baseline.num_quality, int((pace.left_s / SAFETY - fixed) / each))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +105,8 @@ class Confirmation:
         self._target, self._space, self._settings = target, space, settings
         self._pace, self._search, self._rng = pace, search, rng
         self._slo = settings.slo or Slo()
-        self._chosen = choose_for_quality(requests, search.num_quality, rng)
+        count = min(affordable_requests(pace, search), settings.max_confirm_requests)
+        self._chosen = choose_for_quality(requests, count, rng)
         plan = LoadPlan.of(
             requests, count=len(search.plan.source), num_short=search.plan.num_short,
             max_tokens=search.plan.max_tokens,
@@ -122,10 +136,11 @@ class Confirmation:
                 replay_settings = replace(
                     self._settings.replay, decode_budget_tokens=self._search.decode_tokens
                 )
-                self._reference = record_reference(
-                    running, self._chosen, replay_settings,
-                    is_synthetic_text=self._settings.is_synthetic_text,
-                )  # fmt: skip
+                with self._pace.measure("confirm reference", len(self._chosen)):
+                    self._reference = record_reference(
+                        running, self._chosen, replay_settings,
+                        is_synthetic_text=self._settings.is_synthetic_text,
+                    )  # fmt: skip
             for _ in range(runs):
                 self.baseline_reports.append(self._load(running, self._search.long))
 
@@ -186,18 +201,23 @@ class Confirmation:
         with started(self._target, config, self._settings, self._pace) as running:
             effective: dict[str, Any] = plain(dict(running.effective))
             scores = replay(running, reference)
-            decoded = replay_decode(
-                running, reference.items, reference.decode_items, num_top=reference.num_top
-            )
-            quality = judge(
-                reference, scores, margin=margin_named(self._settings.margin), rng=self._rng,
-                is_lossy=self._space.is_lossy(config), decode_scores=decoded or None,
-            )  # fmt: skip
+            quality = self._judge(config, scores, ())
+            if quality.verdict is Verdict.PASS and reference.decode_items:
+                decoded = replay_decode(
+                    running, reference.items, reference.decode_items, num_top=reference.num_top
+                )
+                quality = self._judge(config, scores, decoded)
             if quality.verdict is not Verdict.PASS:
                 return quality, effective, (), None
             answers = tuple(tuple(int(t) for t in a) for a in running.generate(self.asked()))
             report = self._load(running, self._search.long)
         return quality, effective, answers, report
+
+    def _judge(self, config: Config, scores: Sequence[Scores], decoded: Sequence[Scores]) -> QualityVerdict:
+        return judge(
+            self.reference, scores, margin=margin_named(self._settings.margin), rng=self._rng,
+            is_lossy=self._space.is_lossy(config), decode_scores=decoded or None,
+        )  # fmt: skip
 
     def _run_rounds(self, config: Config, reports: list[LoadReport]) -> str:
         """Further pairs of runs until the speed is decided; returns why the candidate failed, if it did."""

@@ -19,7 +19,7 @@ class TuneSettings:
     """Settings of one run. Times in seconds; `None` where the run decides from measured costs.
 
     `workload` and `engine` go into the recipe as they are (file hash, format; dtype, max_model_len).
-    `max_quality_requests` bounds each half (SEARCH, CONFIRM); slower engines replay fewer.
+    `max_quality_requests` bounds the replays of the search; slower engines replay fewer.
     """
 
     budget_s: float = 600.0
@@ -40,6 +40,8 @@ class TuneSettings:
     """Largest TPOT and p95 TTFT ratio to the baseline, without an SLO."""
     replay: ReplaySettings = field(default_factory=ReplaySettings)
     max_quality_requests: int = 48
+    max_confirm_requests: int = 256
+    """The confirmation decides, so it replays as many requests as its time allows, up to this."""
     max_load_requests: int = 32
     num_short_load: int = 8
     load_max_tokens: int = 64
@@ -47,7 +49,7 @@ class TuneSettings:
     max_trials: int = 200
     patience: int = 12
     """Measured trials in a row without a better one after which the search ends early."""
-    max_confirmed: int = 3
+    max_confirmed: int = 6
 
     def __post_init__(self) -> None:
         margin_named(self.margin)

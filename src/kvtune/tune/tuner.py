@@ -36,6 +36,8 @@ __all__ = ["run"]
 T = TypeVar("T")
 
 OUTPUTS = ("result.json", "recipe.json", "trials.jsonl", "confirmation.jsonl", "report.html")
+LADDER_SHARE = 0.5
+"""Once each combination of lossy knobs is judged, what is left are ties: a sharper verdict is worth more."""
 PROPOSALS = 6
 """Proposals of the sampler that may be known or hopeless before a random open point is taken."""
 
@@ -184,6 +186,8 @@ class _Run:
             return f"{settings.max_trials} trials were run"
         tested = {self._space.read_key(t.config) for t in self._trials}
         is_ladder_done = all(self._space.read_key(c) in tested for _, c in self._ladder)
+        if is_ladder_done and self._pace.elapsed_s > LADDER_SHARE * self._pace.budget_s:
+            return "every step of precision was tried; the rest of the budget goes to the confirmation"
         if idle >= settings.patience and is_ladder_done:
             return f"{settings.patience} trials in a row were no better"
         return ""
