@@ -9,6 +9,8 @@ namespace kvtune::KVTUNE_ISA {
 namespace {
 #include "vec.h"
 
+#include "tiles.h"
+
 #include "attention.h"
 }  // namespace
 
