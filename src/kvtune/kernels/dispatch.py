@@ -82,7 +82,7 @@ def paged_attention(
 
     All backends compute in float32 except: torch multiplies in q.dtype, and native on avx512 takes q and the
     softmax weights as 16-bit fixed point against int8 and int4 codes (128 times finer than int8 itself).
-    Native serves prefill chunks too: gather plus torch's own attention was measured at 0.5 to 0.9 of its
+    Native serves prefill chunks too: gather plus torch's own attention was measured at 0.5 to 1.0 of its
     speed for 64 and 512 rows, and with one kernel a row's bits do not depend on how a prompt was chunked.
     """
     _check_query(q, cache, batch)
