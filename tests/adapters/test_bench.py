@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from kvtune.adapters.bench_requests import load_requests, text_request
+from kvtune.adapters.bench_requests import load_requests, text_request, token_request
 from kvtune.adapters.bench_result import BenchRecord, arrivals_at_rate, summarise
 from kvtune.adapters.emit import emit_recipe
 from kvtune.cli.main import main
@@ -118,6 +118,9 @@ def test_a_trace_of_lengths_becomes_token_ids_of_the_model_and_says_what_it_left
     assert [len(r.prompt_token_ids) for r in requests] == [20, 30]
     assert requests[0].prompt_token_ids[:16] == requests[1].prompt_token_ids[:16]
     assert any(note.startswith("left out") for note in notes)
+    body = token_request(requests[0], {"model": "m"}).body
+    assert body["prompt"] == list(requests[0].prompt_token_ids)
+    assert body["return_token_ids"] is True, "a server without a tokenizer streams nothing else to time"
 
 
 @pytest.fixture

@@ -52,7 +52,14 @@ def text_request(request: WorkloadRequest, common: Mapping[str, Any], cap: int |
 
 
 def token_request(request: LoadRequest, common: Mapping[str, Any]) -> StreamRequest:
-    body = {**common, "prompt": list(request.prompt_token_ids), "max_tokens": request.max_tokens}
+    """A prompt of token ids. Generated ids are asked for (vLLM's extension, ignored elsewhere): a server
+    without a tokenizer streams no text, so they are all there is to time."""
+    body = {
+        **common,
+        "prompt": list(request.prompt_token_ids),
+        "max_tokens": request.max_tokens,
+        "return_token_ids": True,
+    }
     return StreamRequest(request_id=request.request_id, arrival_s=request.arrival_s, body=body)
 
 
