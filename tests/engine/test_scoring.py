@@ -122,6 +122,28 @@ def test_scoring_beside_running_requests_changes_neither(llama, make_engine):
     assert outputs[-1].token_ids == tokens
 
 
+@pytest.mark.parametrize("kernel", ["torch", "auto"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_every_kernel_reads_mixed_codecs_and_first_blocks_as_the_reference_does(
+    request, family, kernel, make_engine
+):
+    """Fast kernels round queries and weights, which may move a code of a later layer by one: the
+    difference is held against what the codecs themselves change."""
+    loaded = request.getfixturevalue(family)
+    mixed = {"k_codec": "int8", "v_codec": "int4", "layer_codecs": {1: ("int4", "bf16")}}
+
+    def logprobs(cache, name):
+        engine = make_engine(loaded, cache={"first_block_16bit": True, **cache}, config={"kernel": name})
+        return np.concatenate([score.logprobs for score in engine.score(_items(), num_top=211)])
+
+    reference = logprobs(mixed, "reference")
+    lossless = np.abs(logprobs(FULL, kernel) - logprobs(FULL, "reference")).max()
+    by_kernel = np.abs(logprobs(mixed, kernel) - reference).mean()
+    by_codec = np.abs(logprobs(FULL, "reference") - reference).mean()
+    assert lossless < 1e-3
+    assert by_kernel < 0.1 * by_codec
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_a_cache_too_small_for_all_items_at_once_still_scores_them(request, family, make_engine):
     loaded = request.getfixturevalue(family)
