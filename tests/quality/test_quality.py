@@ -291,6 +291,13 @@ def test_a_decode_replay_of_few_requests_does_not_blunt_the_verdict() -> None:
     assert by_name["decode_flips"].high == pytest.approx(by_name["flips"].high, rel=0.02)
 
 
+def test_no_flip_among_few_tokens_does_not_prove_that_none_happens() -> None:
+    verdict = verdict_of(1e-3, num=10, tokens=6)
+    flips = next(m for m in verdict.metrics if m.name == "flips")
+    assert flips.raw == 0 and flips.excess.high == pytest.approx(3 / 60)
+    assert verdict.verdict is Verdict.UNDECIDED
+
+
 def test_noise_above_a_third_of_the_margin_is_undecided_not_a_wider_threshold() -> None:
     noisy = damage_of_kl(0.5 * NEAR.kl)
     verdict = verdict_of(noisy, floor=noisy)

@@ -36,7 +36,7 @@ def trace(tmp_path: Path) -> Path:
 @pytest.fixture
 def target(fake: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     made = fake()
-    monkeypatch.setattr(command, "_target", lambda *_: (made, 48, 512))
+    monkeypatch.setattr(command, "open_target", lambda *_: (made, 48, 512))
     return made
 
 

@@ -23,6 +23,7 @@ VERBS = {
     "trace": "read a request file or trace: lengths, arrivals, prefix reuse",
     "tune": "find the smallest KV cache that passes the quality gate",
     "emit": "print the command or snippet that runs a recipe",
+    "check": "judge a recipe on requests: exit 0 only on PASS",
     "bench": "measure latency and throughput of a server or a model",
     "doctor": "what is here, what is missing, the line that fixes it",
 }

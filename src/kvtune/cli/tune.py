@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kvtune.tune import ProgressEvent, TuneSettings
     from kvtune.workload import Materialised, Workload
 
-__all__ = ["tune"]
+__all__ = ["materialised", "open_target", "read_workload", "tune"]
 
 DEFAULT_BUDGET, DEMO_BUDGET = "10m", "5m"
 DEMO_REQUESTS = 480
@@ -82,9 +82,9 @@ def tune(
     config = EngineConfig(dtype=dtype, max_model_len=max_model_len)
     model_path = _model_path(model, demo=demo)
     check_output(folder, resume=resume)
-    requests = _workload(workload, demo=demo, seed=seed, block_size=trace_block_size, limit=num_requests)
-    target, vocab_size, length = _target(engine, model_path, config, vllm_python)
-    tokens = _materialised(requests, model_path, vocab_size, length, scale=scale, seed=seed)
+    requests = read_workload(workload, demo=demo, seed=seed, block_size=trace_block_size, limit=num_requests)
+    target, vocab_size, length = open_target(engine, model_path, config, vllm_python)
+    tokens = materialised(requests, model_path, vocab_size, length, scale=scale, seed=seed)
     settings = replace(
         settings, is_synthetic_text=tokens.is_synthetic_text, workload=_facts(requests, tokens),
         command=_command(model, workload, demo=demo, engine=engine, budget=budget, kv_budget=kv_budget,
@@ -122,7 +122,7 @@ def _model_path(model: Path | None, *, demo: bool) -> Path:
     return model
 
 
-def _workload(
+def read_workload(
     file: Path | None, *, demo: bool, seed: int, block_size: int | None, limit: int | None
 ) -> Workload:
     from kvtune.workload import generate_chat, load_workload
@@ -134,7 +134,7 @@ def _workload(
     raise UsageError("which traffic? give --workload FILE with your requests, or --demo")
 
 
-def _target(
+def open_target(
     engine: str, model: Path, config: EngineConfig, vllm_python: Path | None
 ) -> tuple[Target, int, int]:
     """The engine to measure, the model's vocabulary size and the longest sequence in tokens."""
@@ -161,7 +161,7 @@ def _own_target(model: Path, config: EngineConfig) -> Any:
     return EngineTarget(model, config=config)
 
 
-def _materialised(
+def materialised(
     workload: Workload, model: Path, vocab_size: int, max_model_len: int, *, scale: float, seed: int
 ) -> Materialised:
     from kvtune.adapters.prompt_encoder import prompt_encoder

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -203,6 +203,9 @@ def _weigh(
     """One metric of (candidate, floor) over all requests."""
     raw, noise = _item_means(pair[0], name), _item_means(pair[1], name)
     excess = bootstrap_mean(raw - noise, clusters, rng=rng)
+    if name == "flips":  # rule of three: where no flip was seen, drawing again cannot see one either
+        num_tokens = sum(len(d.flips) for d in pair[0])
+        excess = replace(excess, high=max(excess.high, 3 / num_tokens))
     return _metric_verdict(name, margin.limits()[name], raw, noise, excess)
 
 

@@ -3,8 +3,20 @@
 `run` is the whole of it; `TuneSettings` what to ask, `TuneResult` what comes out.
 """
 
+from kvtune.tune.loads import choose_for_quality
 from kvtune.tune.settings import Progress, ProgressEvent, TuneResult, TuneSettings, parse_slo
+from kvtune.tune.space import SearchSpace
 from kvtune.tune.study import check_output
 from kvtune.tune.tuner import run
 
-__all__ = ["Progress", "ProgressEvent", "TuneResult", "TuneSettings", "check_output", "parse_slo", "run"]
+__all__ = [
+    "Progress",
+    "ProgressEvent",
+    "SearchSpace",
+    "TuneResult",
+    "TuneSettings",
+    "check_output",
+    "choose_for_quality",
+    "parse_slo",
+    "run",
+]

@@ -67,7 +67,7 @@ def candidate_s(pace: Pace, baseline: Baseline) -> float:
 def affordable_requests(pace: Pace, baseline: Baseline) -> int:
     """Requests the time left can replay for the baseline and two candidates; at least the search's count."""
     fixed = 4 * pace.cost_s("start") + 5 * pace.cost_s("long load")
-    fixed += 3 * pace.cost_s("decode", baseline.decode_tokens)
+    fixed += 2 * pace.cost_s("decode", baseline.decode_tokens)  # a candidate that fails by prefill takes none
     each = pace.cost_s("reference") * (1 + 1 / 3) + 2 * (
         pace.cost_s("replay") or pace.cost_s("reference") / 2
     )

@@ -176,7 +176,7 @@ class Evaluator:
             "reference", share=0.05, low=12, high=min(self._settings.max_quality_requests, len(search))
         )
         return count, self._pace.affordable(
-            "decode", share=0.08, low=0, high=self._settings.replay.decode_budget_tokens
+            "decode", share=0.06, low=0, high=self._settings.replay.decode_budget_tokens
         )
 
     def _fit_load(self, running: RunningTarget, plan: LoadPlan) -> LoadPlan:

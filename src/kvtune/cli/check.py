@@ -1,0 +1,90 @@
+"""`kvtune check`: does a recipe still keep the answers, on this traffic and this machine, today?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvtune.config import EngineConfig
+from kvtune.errors import UsageError
+
+__all__ = ["check"]
+
+
+def check(
+    recipe: Annotated[Path, typer.Option("--recipe", help="recipe.json written by `kvtune tune`.")],
+    workload: Annotated[Path, typer.Option("--workload", help="Requests to judge the recipe on.")],
+    vllm_python: Annotated[
+        Path | None, typer.Option("--vllm-python", help="Python that has vLLM, for a recipe of vLLM.")
+    ] = None,
+    num_requests: Annotated[int, typer.Option(min=8, help="Requests to replay.")] = 64,
+    trace_block_size: Annotated[
+        int | None, typer.Option(help="Prompt tokens per hash id of a trace.")
+    ] = None,
+    scale: Annotated[float, typer.Option(help="Shrink a trace's recorded lengths by this factor.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of requests and of the statistics.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> int:
+    """Replay requests under a recipe and under its baseline; exit 0 on PASS, 1 on any other verdict."""
+    import numpy as np
+
+    from kvtune.cli.tune import VLLM_TOP, materialised, open_target, read_workload
+    from kvtune.config import parse_bytes
+    from kvtune.quality import ReplaySettings, judge, margin_named, record_reference, replay, replay_decode
+    from kvtune.recipe import Recipe
+    from kvtune.tune import SearchSpace, choose_for_quality
+
+    found = Recipe.load(recipe)
+    requests = read_workload(workload, demo=False, seed=seed, block_size=trace_block_size, limit=None)
+    folder = Path(str(found.model.get("path", "")))
+    if not folder.is_dir():
+        raise UsageError(f"the recipe's model folder {folder} is not here; put the model back or tune again")
+    config = EngineConfig.from_dict(found.configuration["engine"])
+    target, vocab_size, length = open_target(found.engine["name"], folder, config, vllm_python)
+    tokens = materialised(requests, folder, vocab_size, length, scale=scale, seed=seed)
+    budget = found.configuration["cache"].get("kv_budget")
+    budget_bytes = None if budget is None else parse_bytes(budget)
+    rng = np.random.default_rng(seed)
+    settings = ReplaySettings()
+    if target.name == "vllm":
+        settings = ReplaySettings(num_decode=0, max_top=VLLM_TOP)
+    with target.start(found.baseline["configuration"], kv_budget_bytes=budget_bytes) as running:
+        reference = record_reference(
+            running, choose_for_quality(tokens.requests, num_requests, rng), settings,
+            is_synthetic_text=tokens.is_synthetic_text,
+        )  # fmt: skip
+    with target.start(found.knobs, kv_budget_bytes=budget_bytes) as running:
+        scores = replay(running, reference)
+        decoded = replay_decode(running, reference.items, reference.decode_items, num_top=reference.num_top)
+    verdict = judge(
+        reference, scores, margin=margin_named(str(found.provenance["margin"]["name"])), rng=rng,
+        is_lossy=SearchSpace(target.knobs()).is_lossy(found.knobs), decode_scores=decoded or None,
+    ).to_dict()  # fmt: skip
+    record = {
+        "schema_version": 1, "recipe": str(recipe), "content_sha256": found.content_sha256,
+        "workload": str(workload), "voided": _voided(found.model, target.identity()["model"]), **verdict,
+    }  # fmt: skip
+    print(json.dumps(record, allow_nan=False) if as_json else _as_text(record))
+    return 0 if record["verdict"] == "PASS" and not record["voided"] else 1
+
+
+def _voided(then: Any, now: Any) -> list[str]:
+    """What changed of the model since the recipe was proven."""
+    names = ("weights_sha256", "config_sha256", "tokenizer_sha256")
+    return [f"{n.removesuffix('_sha256')} changed since the recipe was proven" for n in names
+            if then.get(n) != now.get(n)]  # fmt: skip
+
+
+def _as_text(record: dict[str, Any]) -> str:
+    lines = [f"verdict     {record['verdict']}: {record['reason']}"]
+    for name, metric in record["metrics"].items():
+        excess = metric["excess"]
+        bounds = ", ".join("-" if excess[b] is None else f"{excess[b]:.4g}" for b in ("low", "high"))
+        lines.append(f"{name:<17} {excess['value']:.4g} [{bounds}], margin {metric['margin']:g}")
+    lines += [f"voided      {reason}" for reason in record["voided"]]
+    lines += [f"note        {note}" for note in record["notes"]]
+    lines.append(f"on          {record['num_requests']} requests, {record['num_clusters']} sessions")
+    return "\n".join(lines)
