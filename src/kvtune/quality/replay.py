@@ -19,7 +19,7 @@ from kvtune.workload import TokenRequest
 
 __all__ = ["Reference", "ReplaySettings", "decode_subset", "record_reference", "replay"]
 
-REFERENCE_BYTES = 64 * 2**20
+REFERENCE_BYTES = 160 * 2**20
 """Memory for the reference's log-probabilities (8 bytes per id); it bounds k for large vocabularies."""
 
 MIN_TOP = 64

@@ -36,7 +36,7 @@ from kvtune.workload import TokenRequest
 
 __all__ = ["Confirmation", "Confirmed", "candidate_s", "reserve_s"]
 
-MAX_ROUNDS = 4
+MAX_ROUNDS = 8
 """Pairs of load runs at most; more are run only while the interval straddles the limit and time is left."""
 SAFETY = 1.25
 
