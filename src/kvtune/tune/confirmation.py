@@ -52,14 +52,14 @@ def reserve_s(pace: Pace, baseline: Baseline) -> float:
 
 
 def candidate_s(pace: Pace, baseline: Baseline) -> float:
-    """Seconds for one candidate at the search's number of requests: replays, recorded answers, and a
-    second pair of load runs."""
+    """Seconds for one candidate at the search's number of requests: replays, recorded answers, a load run
+    and one more of the baseline. Further rounds use what is left."""
     count = baseline.num_quality
     replayed = pace.cost_s("replay", count) or pace.cost_s("reference", count) / 2
     parts = (
-        3 * pace.cost_s("start"), replayed, pace.cost_s("decode", baseline.decode_tokens),
+        2 * pace.cost_s("start"), replayed, pace.cost_s("decode", baseline.decode_tokens),
         pace.cost_s("reference", count) / 3,  # a third of the reference run is generation
-        3 * pace.cost_s("long load"),
+        2 * pace.cost_s("long load"),
     )  # fmt: skip
     return SAFETY * sum(parts)
 
