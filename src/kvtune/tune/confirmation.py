@@ -39,6 +39,8 @@ __all__ = ["Confirmation", "Confirmed", "candidate_s", "reserve_s"]
 MAX_ROUNDS = 8
 """Pairs of load runs at most; more are run only while the interval straddles the limit and time is left."""
 SAFETY = 1.25
+DECODE_SHARE = 0.4
+"""Most of the time left that the decode replays of baseline and candidate may take."""
 
 
 def reserve_s(pace: Pace, baseline: Baseline) -> float:
@@ -133,9 +135,7 @@ class Confirmation:
         with started(self._target, self._space.baseline, self._settings, self._pace) as running:
             warmed(running, self.plan.long)
             if self._reference is None:
-                replay_settings = replace(
-                    self._settings.replay, decode_budget_tokens=self._search.decode_tokens
-                )
+                replay_settings = replace(self._settings.replay, decode_budget_tokens=self._decode_tokens())
                 with self._pace.measure("confirm reference", len(self._chosen)):
                     self._reference = record_reference(
                         running, self._chosen, replay_settings,
@@ -143,6 +143,15 @@ class Confirmation:
                     )  # fmt: skip
             for _ in range(runs):
                 self.baseline_reports.append(self._load(running, self._search.long))
+
+    def _decode_tokens(self) -> int:
+        """Steps of the decode replay: at least what its shortest requests need, if the time left allows."""
+        replay = self._settings.replay
+        lengths = sorted(len(r.prompt_token_ids) + min(r.max_tokens, replay.max_tokens) for r in self._chosen)
+        needed = sum(lengths[: replay.num_decode])
+        if 2 * self._pace.cost_s("decode", needed) > DECODE_SHARE * self._pace.left_s:
+            return self._search.decode_tokens
+        return max(needed, self._search.decode_tokens)
 
     def _load(self, running: Any, compared: LoadReport) -> LoadReport:
         deadline = max(5.0, 4 * compared.duration_s)
