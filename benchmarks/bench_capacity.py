@@ -21,12 +21,14 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from kvtune import CacheConfig, Engine, EngineConfig, SamplingParams, SchedulerConfig
 from kvtune.config import format_bytes
-from kvtune.engine.load import load_model
+from kvtune.engine.load import LoadedModel, load_model
 from kvtune.errors import KVTuneError
 from kvtune.recipe import Recipe
+from kvtune.spec import KVFormat, growth_bytes_per_token
 from kvtune.testing.demo import demo_model_path
 from kvtune.workload import TokenRequest, load_workload, materialise
 
@@ -91,11 +93,11 @@ def fitting(requests: list[TokenRequest], num_blocks: int, block_size: int) -> i
     return len(requests)
 
 
-def engine_for(loaded: object, cache: CacheConfig, budget: int | str, length: int) -> Engine:
+def engine_for(loaded: LoadedModel, cache: CacheConfig, budget: int | str, length: int) -> Engine:
     # No watermark and no reserve: the question is how many requests the bytes hold.
     scheduler = SchedulerConfig(max_num_seqs=256, max_num_batched_tokens=1024, watermark=0.0, reserved=0.0)
     return Engine.from_pretrained(
-        loaded,  # type: ignore[arg-type]
+        loaded,
         cache=replace(cache, kv_budget=budget),
         scheduler=scheduler,
         config=EngineConfig(max_model_len=length),
@@ -103,19 +105,28 @@ def engine_for(loaded: object, cache: CacheConfig, budget: int | str, length: in
 
 
 def measure(
-    loaded: object, cache: CacheConfig, requests: list[TokenRequest], *, budget: int, length: int, repeats: int
-) -> dict[str, object]:
+    loaded: LoadedModel,
+    cache: CacheConfig,
+    requests: list[TokenRequest],
+    *,
+    budget: int,
+    length: int,
+    repeats: int,
+) -> dict[str, Any]:
     with engine_for(loaded, cache, budget, length) as probe:
         blocks = probe.stats().blocks[0]
         held = fitting(requests, blocks.total, cache.block_size)
         alone = drive(probe, requests)  # all requests on this budget: bytes under pressure
     ratio, runs = float("nan"), []
     reference_cache = CacheConfig(enable_prefix_caching=cache.enable_prefix_caching)
-    ample = 4 * 64 * length * 2 * loaded.spec.growth_bytes_per_token("bf16", "bf16") // 2  # type: ignore[attr-defined]
+    ample = bf16_bytes(loaded, sum(len(r.prompt_token_ids) + r.max_tokens for r in requests)) * 5 // 4
     while held:
         chosen = requests[:held]
         pairs: list[tuple[Run, Run]] = []
-        with engine_for(loaded, cache, budget, length) as ours, engine_for(loaded, reference_cache, int(ample), length) as base:
+        with (
+            engine_for(loaded, cache, budget, length) as ours,
+            engine_for(loaded, reference_cache, ample, length) as base,
+        ):
             for _ in range(repeats):
                 pairs.append((drive(ours, chosen), drive(base, chosen)))
         ratio = statistics.median(a.tpot_s / b.tpot_s for a, b in pairs)
@@ -136,13 +147,17 @@ def measure(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--trace", required=True, type=Path)
     parser.add_argument("--recipe", type=Path)
     parser.add_argument("--model", type=Path, default=None)
     parser.add_argument("--num-requests", type=int, default=64)
     parser.add_argument("--max-model-len", type=int, default=4096)
-    parser.add_argument("--fixed-slots", type=int, default=12, help="the budget: this many full-length bf16 slots")
+    parser.add_argument(
+        "--fixed-slots", type=int, default=12, help="the budget: this many full-length bf16 slots"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -157,20 +172,28 @@ def main() -> int:
     last = next(i for i, r in enumerate(workload.requests) if r.request_id == requests[-1].request_id)
     dropped = sum(1 for r in workload.requests[: last + 1] if r.request_id not in taken)
     bf16 = CacheConfig()
-    winner = Recipe.load(args.recipe).cache_config() if args.recipe else CacheConfig(k_codec="int8", v_codec="int8")
+    winner = (
+        Recipe.load(args.recipe).cache_config()
+        if args.recipe
+        else CacheConfig(k_codec="int8", v_codec="int8")
+    )
     schemes = {
         "fixed pre-allocation bf16": CacheConfig(block_size=length, enable_prefix_caching=False),
         "paged bf16": bf16,
         "recipe": winner,
     }
-    budget = args.fixed_slots * length * int(loaded.spec.growth_bytes_per_token("bf16", "bf16"))
+    budget = bf16_bytes(loaded, args.fixed_slots * length)
     results = {
         name: measure(loaded, cache, requests, budget=budget, length=length, repeats=args.repeats)
         for name, cache in schemes.items()
     }
     report = {
         "benchmark": "capacity",
-        "hardware": {"machine": platform.machine(), "processor": cpu_name(), "python": platform.python_version()},
+        "hardware": {
+            "machine": platform.machine(),
+            "processor": cpu_name(),
+            "python": platform.python_version(),
+        },
         "trace": args.trace.name,
         "requests": len(requests),
         "dropped_over_length": dropped,
@@ -184,29 +207,35 @@ def main() -> int:
     return 0
 
 
+def bf16_bytes(loaded: LoadedModel, num_tokens: int) -> int:
+    return round(growth_bytes_per_token(loaded.spec, KVFormat.of("bf16"))) * num_tokens
+
+
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
-def show(report: dict[str, object]) -> None:
-    schemes: dict[str, dict] = report["schemes"]  # type: ignore[assignment]
-    print(
-        f"{report['requests']} requests of {report['trace']} at scale 1 ({report['dropped_over_length']} longer than "
-        f"{report['max_model_len']} dropped), KV budget {format_bytes(report['kv_budget_bytes'])}"  # type: ignore[arg-type]
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown"
     )
-    print(f"{'scheme':28} {'K/V':12} {'held':>5} {'TPOT ratio':>10} {'resident':>11} {'referenced':>11} {'idle':>11}")
+
+
+def show(report: dict[str, Any]) -> None:
+    schemes: dict[str, dict[str, Any]] = report["schemes"]
+    budget, length = format_bytes(report["kv_budget_bytes"]), report["max_model_len"]
+    print(f"{report['requests']} requests of {report['trace']} at scale 1, KV budget {budget}")
+    print(f"{report['dropped_over_length']} requests longer than {length} tokens were dropped")
+    columns = ("held", "TPOT ratio", "resident", "referenced", "idle")
+    print(f"{'scheme':28} {'K/V':10}" + "".join(f"{name:>12}" for name in columns))
     for name, row in schemes.items():
         under = row["all_requests"]
-        print(
-            f"{name:28} {row['k_codec'] + '/' + row['v_codec']:12} {row['held']:5d} {row['tpot_ratio_same_requests']:10.3f} "
-            f"{format_bytes(under['resident']):>11} {format_bytes(under['referenced']):>11} {format_bytes(under['idle']):>11}"
-        )
-    held = {name: row["held"] for name, row in schemes.items()}
+        sizes = [format_bytes(under[key]) for key in ("resident", "referenced", "idle")]
+        cells = [str(row["held"]), f"{row['tpot_ratio_same_requests']:.3f}", *sizes]
+        print(f"{name:28} {row['k_codec'] + '/' + row['v_codec']:10}" + "".join(f"{c:>12}" for c in cells))
+    held = {name: max(1, row["held"]) for name, row in schemes.items()}
+    over_fixed = held["recipe"] / held["fixed pre-allocation bf16"]
+    over_paged = held["recipe"] / held["paged bf16"]
     print(
-        f"gain of the recipe: {held['recipe'] / max(1, held['fixed pre-allocation bf16']):.2f}x over fixed pre-allocation, "
-        f"{held['recipe'] / max(1, held['paged bf16']):.2f}x over paged bf16"
+        f"gain of the recipe: {over_fixed:.2f}x over fixed pre-allocation, {over_paged:.2f}x over paged bf16"
     )
 
 

@@ -47,7 +47,9 @@ def test_asking_for_an_unknown_public_name_is_an_attribute_error() -> None:
         _ = kvtune.no_such_name
 
 
-@pytest.mark.parametrize("args", [["no-such-verb"], ["plan"], ["plan", "--no-such-flag", "x"], ["emit"], ["tune"]])
+@pytest.mark.parametrize(
+    "args", [["no-such-verb"], ["plan"], ["plan", "--no-such-flag", "x"], ["emit"], ["tune"]]
+)
 def test_wrong_usage_is_one_line_and_exit_2(args: list[str]) -> None:
     result = kvtune_command(*args)
     assert result.returncode == 2

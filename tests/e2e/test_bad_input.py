@@ -12,7 +12,9 @@ import pytest
 
 from kvtune.testing.demo import demo_model_path
 
-GOOD_LINE = json.dumps({"messages": [{"role": "user", "content": "What does os.path.join do?"}], "max_tokens": 4})
+GOOD_LINE = json.dumps(
+    {"messages": [{"role": "user", "content": "What does os.path.join do?"}], "max_tokens": 4}
+)
 
 
 def kvtune_command(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -33,8 +35,17 @@ def assert_refused(result: subprocess.CompletedProcess[str], *words: str, code: 
         assert word in lines[0], lines[0]
 
 
-def tune(tmp_path: Path, workload: Path, *extra: str, model: str | None = None) -> subprocess.CompletedProcess[str]:
-    args = ["tune", model or str(demo_model_path()), "--workload", str(workload), "--out", str(tmp_path / "out")]
+def tune(
+    tmp_path: Path, workload: Path, *extra: str, model: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    args = [
+        "tune",
+        model or str(demo_model_path()),
+        "--workload",
+        str(workload),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     return kvtune_command(*args, "--budget", "30s", *extra, cwd=tmp_path)
 
 
@@ -71,7 +82,9 @@ def test_a_missing_workload_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_file_whose_only_request_is_longer_than_the_model_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "long.jsonl"
-    path.write_text(json.dumps({"messages": [{"role": "user", "content": "many words here " * 20_000}]}) + "\n")
+    path.write_text(
+        json.dumps({"messages": [{"role": "user", "content": "many words here " * 20_000}]}) + "\n"
+    )
     assert_refused(tune(tmp_path, path), "1")
     assert not (tmp_path / "out" / "recipe.json").exists()
 
@@ -109,7 +122,14 @@ def test_a_config_with_impossible_heads_is_refused_by_plan_and_tune(tmp_path: Pa
 def test_an_output_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path) -> None:
     blocker = tmp_path / "file"
     blocker.write_text("I am not a folder")
-    args = ["tune", str(demo_model_path()), "--workload", str(good_workload(tmp_path)), "--out", str(blocker / "out")]
+    args = [
+        "tune",
+        str(demo_model_path()),
+        "--workload",
+        str(good_workload(tmp_path)),
+        "--out",
+        str(blocker / "out"),
+    ]
     assert_refused(kvtune_command(*args, cwd=tmp_path), str(blocker))
     assert blocker.read_text() == "I am not a folder"
 

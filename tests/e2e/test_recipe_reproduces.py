@@ -81,14 +81,18 @@ def sharegpt_file(path: Path) -> Path:
             {"from": {"user": "human", "assistant": "gpt"}.get(m.role, m.role), "value": m.content}
             for m in request.messages
         ]
-        conversations.append({"id": session, "conversations": [*turns, {"from": "gpt", "value": "It joins paths."}]})
+        conversations.append(
+            {"id": session, "conversations": [*turns, {"from": "gpt", "value": "It joins paths."}]}
+        )
     path.write_text(json.dumps(conversations))
     return path
 
 
 def openai_file(path: Path) -> Path:
     lines = [
-        json.dumps({"messages": [{"role": m.role, "content": m.content} for m in r.messages], "max_tokens": 32})
+        json.dumps(
+            {"messages": [{"role": m.role, "content": m.content} for m in r.messages], "max_tokens": 32}
+        )
         for r in generate_chat(num_requests=200, seed=6).requests
     ]
     path.write_text("\n".join(lines) + "\n")
@@ -115,7 +119,9 @@ def test_a_canonical_file_written_by_kvtune_is_tuned_like_any_other(tmp_path: Pa
     assert_reproduced(tmp_path, out)
 
 
-@pytest.mark.skipif("KVTUNE_TRACES" not in os.environ, reason="KVTUNE_TRACES=DIR names the folder of real traces")
+@pytest.mark.skipif(
+    "KVTUNE_TRACES" not in os.environ, reason="KVTUNE_TRACES=DIR names the folder of real traces"
+)
 def test_a_real_trace_ends_in_a_recipe_that_says_its_text_is_synthetic(tmp_path: Path) -> None:
     trace = Path(os.environ["KVTUNE_TRACES"]) / "mooncake_conversation.jsonl.gz"
     result, out = tune(tmp_path, trace, "--scale", "0.03125")
