@@ -61,6 +61,9 @@ def tune(
     max_model_len: Annotated[int | None, typer.Option(min=1, help="Longest sequence in tokens.")] = None,
     dtype: Annotated[str, typer.Option(help="auto | float32 | bfloat16 | float16")] = "auto",
     num_requests: Annotated[int | None, typer.Option(min=1, help="Use the first so many requests.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of kvtune's engine; default torch's, 1 for --demo.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of split, search and statistics.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> int:
@@ -71,15 +74,17 @@ def tune(
     from kvtune.tune import TuneSettings, check_output, parse_slo, run
 
     folder = out or Path("kvtune-demo" if demo else "kvtune-out")
+    if demo and threads is None:
+        threads = 1  # the model is small, and one thread is not stalled by whatever else this machine does
     settings = TuneSettings(
         budget_s=parse_duration(budget or (DEMO_BUDGET if demo else DEFAULT_BUDGET)),
         margin=margin_named(margin).name, slo=None if slo is None else parse_slo(slo),
         kv_budget_bytes=parse_bytes(kv_budget), seed=seed, resume=resume,
-        engine={"dtype": dtype, "max_model_len": max_model_len},
+        engine={"dtype": dtype, "max_model_len": max_model_len, "num_threads": threads},
         replay=ReplaySettings() if engine == "kvtune" else ReplaySettings(num_decode=0, max_top=VLLM_TOP),
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )  # fmt: skip
-    config = EngineConfig(dtype=dtype, max_model_len=max_model_len)
+    config = EngineConfig(dtype=dtype, max_model_len=max_model_len, num_threads=threads)
     model_path = _model_path(model, demo=demo)
     check_output(folder, resume=resume)
     requests = read_workload(workload, demo=demo, seed=seed, block_size=trace_block_size, limit=num_requests)
@@ -90,7 +95,7 @@ def tune(
         command=_command(model, workload, demo=demo, engine=engine, budget=budget, kv_budget=kv_budget,
                          out=out, slo=slo, margin=margin, dtype=dtype, seed=seed, scale=scale,
                          max_model_len=max_model_len, num_requests=num_requests, vllm_python=vllm_python,
-                         trace_block_size=trace_block_size),
+                         trace_block_size=trace_block_size, threads=threads),
     )  # fmt: skip
     with _Progress(settings) as progress:
         try:
@@ -239,11 +244,12 @@ def _as_text(record: Mapping[str, Any], folder: Path) -> str:
     baseline, winner, quality = record["baseline"], record["winner"], record["quality"]
     before, after = (s["metrics"]["kv_bytes_per_token"] for s in (baseline, winner))
     held = record["held"]
+    held_before, held_after = (int(held[side]["value"]) for side in ("baseline", "winner"))
     lines = [
         _winner_line(record),
         f"KV bytes    {after:,.0f} of {before:,.0f} per token at {record['context']:,} tokens "
         f"({after / before:.3f}x), {1 - after / before:.1%} saved",
-        f"held        {held['winner']['value']:,.1f} requests instead of {held['baseline']['value']:,.1f} in "
+        f"held        {held_after:,} requests instead of {held_before:,} in "
         f"{format_bytes(held['kv_budget_bytes'])} ({held['winner']['source']})",
         *_speed_lines(record),
         f"verdict     {quality['verdict']}: {quality['reason']}",

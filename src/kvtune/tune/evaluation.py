@@ -104,7 +104,7 @@ class Evaluator:
         self.margin = margin_named(settings.margin)
         self.verdicts: dict[ReadKey, Mapping[str, Any]] = {}
         self._baseline: Baseline | None = None
-        self._noise = 1.0
+        self._aa: SpeedRatios | None = None
 
     @property
     def baseline(self) -> Baseline:
@@ -152,6 +152,10 @@ class Evaluator:
             effective=effective, reference=reference, short=short, long=long, aa_long=aa_long, plan=plan,
             num_quality=count, decode_tokens=decode_tokens,
         )  # fmt: skip
+        self._aa = compare_speed([aa_long], [long], slo=self._slo, rng=self._rng)
+        latencies = [r.value for name, r in self._aa.ratios.items() if name != "goodput"]
+        noise = max([1.0, *latencies, *(1 / value for value in latencies if value > 0)])
+        self.objective = Objective(settings.slo is not None, noise=noise)
         self.verdicts[self._space.read_key(config)] = {
             "verdict": Verdict.PASS.value, "reason": "reads as the baseline does", "lossless": True,
             "proven": True, "bit_equal": True,
@@ -204,13 +208,10 @@ class Evaluator:
     def baseline_trial(self, number: int) -> Trial:
         """Trial 0: the baseline against itself."""
         base = self.baseline
-        ratios = compare_speed([base.aa_long], [base.long], slo=self._slo, rng=self._rng)
-        latencies = [r.value for name, r in ratios.ratios.items() if name != "goodput"]
-        self._noise = max([1.0, *latencies, *(1 / value for value in latencies if value > 0)])
         return Trial(
             number=number, config=self._space.baseline, status=Status.COMPLETE, reason="baseline",
             metrics=plain(self._metrics(self._space.baseline, base.bytes_per_token, [base.long])),
-            ratios=ratios.to_dict(),
+            ratios=self._aa.to_dict() if self._aa else {},
             effective=_reported(base.effective),
         )  # fmt: skip
 
@@ -303,7 +304,7 @@ class Evaluator:
 
         What is surely not slower only the confirmation says, by the upper bound.
         """
-        limit = self._settings.latency_limit * self._noise
+        limit = self._settings.latency_limit * self.objective.noise
         name = None if self.objective.has_slo else ratios.exceeds(limit, bound="low")
         if name is None:
             return ""

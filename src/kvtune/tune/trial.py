@@ -60,10 +60,12 @@ class Objective:
     """Without an SLO: fewest bytes per token. With one: most requests within it, then fewest bytes.
 
     Ties go to the surely higher goodput, else to the configuration that changes fewer knobs: a tie broken
-    by noise would only move users away from what they know.
+    by noise would only move users away from what they know. `noise`: factor between two runs of the baseline;
+    trials ran one after the other, so a smaller difference in goodput says nothing.
     """
 
     has_slo: bool
+    noise: float = 1.0
 
     def value(self, trial: Trial) -> float:
         """Lower is better."""
@@ -80,7 +82,7 @@ class Objective:
             return a < b
         for mine, theirs, wins in ((one, other, True), (other, one, False)):
             low, value = _goodput(mine, "low"), _goodput(theirs, "value")
-            if low is not None and value is not None and low > value * (1 + GOODPUT_TIE):
+            if low is not None and value is not None and low > value * max(1 + GOODPUT_TIE, self.noise):
                 return wins
         return int(one.metrics.get("num_changed", 0)) < int(other.metrics.get("num_changed", 0))
 

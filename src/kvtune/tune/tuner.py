@@ -82,7 +82,6 @@ class _Run:
         )
         self._space = SearchSpace(target.knobs())
         self._evaluator = Evaluator(target, self._space, settings, pace=self._pace, rng=rng)
-        self._objective = self._evaluator.objective
         self._trials: list[Trial] = []
         self._seen: set[str] = set()
         self._ladder = self._space.ladder(target, context=settings.context)
@@ -214,12 +213,12 @@ class _Run:
         if not self._is_passing(config):
             return False
         size = self._evaluator.bytes_per_token(config)
-        return size is not None and self._objective.can_beat(size, self._best())
+        return size is not None and self._evaluator.objective.can_beat(size, self._best())
 
     def _sampled_value(self, trial: Trial) -> float | None:
         if trial.status in (Status.PRUNED, Status.FAILED) or trial.bytes_per_token is None:
             return None
-        return self._objective.value(trial)
+        return self._evaluator.objective.value(trial)
 
     def _remember(self, trial: Trial) -> None:
         self._trials.append(trial)
@@ -231,7 +230,7 @@ class _Run:
     def _best(self) -> Trial | None:
         best: Trial | None = None
         for trial in self._feasible():
-            if best is None or self._objective.is_better(trial, best):
+            if best is None or self._evaluator.objective.is_better(trial, best):
                 best = trial
         return best
 
@@ -301,14 +300,17 @@ class _Run:
             if self._space.label(config) not in tried and self._is_passing(config)
         ]  # fmt: skip
         feasible = [t for t in self._feasible() if not self._is_baseline(t.config)]
-        better = [t for t in feasible if self._objective.is_better(t, baseline)]
-        if not better or self._objective.has_slo:
-            return better or _bisecting([t for t in rungs if self._objective.is_better(t, baseline)])
+        better = [t for t in feasible if self._evaluator.objective.is_better(t, baseline)]
+        if not better or self._evaluator.objective.has_slo:
+            return better or _bisecting(
+                [t for t in rungs if self._evaluator.objective.is_better(t, baseline)]
+            )
         smallest = min(t.bytes_per_token or 0.0 for t in better)
         above = [t for t in rungs if (t.bytes_per_token or 0.0) >= smallest]
-        better += [t for t in above if self._objective.is_better(t, baseline)]
+        better += [t for t in above if self._evaluator.objective.is_better(t, baseline)]
         return sorted(
-            better, key=functools.cmp_to_key(lambda a, b: -1 if self._objective.is_better(a, b) else 1)
+            better,
+            key=functools.cmp_to_key(lambda a, b: -1 if self._evaluator.objective.is_better(a, b) else 1),
         )
 
     def _is_baseline(self, config: Mapping[str, Any]) -> bool:
