@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 
@@ -112,6 +113,23 @@ def test_a_folder_that_is_no_model_is_one_clear_line(tmp_path, llama_folder, fau
         load_model(folder)
     assert str(folder) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_model_has_the_digests_its_folder_has_by_definition(llama_folder, llama):
+    """Written out, not called: recipes and stored blocks name models by these, they must never change."""
+
+    def of_files(*names: str) -> str:
+        total = hashlib.sha256()
+        for name in names:
+            total.update(name.encode() + b"\0" + hashlib.sha256((llama_folder / name).read_bytes()).digest())
+        return total.hexdigest()
+
+    config = json.loads((llama_folder / "config.json").read_text())
+    del config["transformers_version"]
+    kept = {name: value for name, value in config.items() if not name.startswith("_")}
+    assert llama.weights_sha256 == of_files("model.safetensors")
+    assert llama.tokenizer_sha256 == of_files("tokenizer.json", "tokenizer_config.json")
+    assert llama.config_sha256 == hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def test_a_model_object_is_taken_as_it_is(llama_folder):

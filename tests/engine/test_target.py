@@ -8,6 +8,7 @@ import pytest
 from kvtune import CacheConfig, Engine, EngineConfig, SamplingParams
 from kvtune.engine import EngineTarget
 from kvtune.errors import InputFileError, KVTuneError, TargetError, UsageError
+from kvtune.host import read_host
 from kvtune.recipe import Recipe, codec_constants_sha256, configuration_of
 from kvtune.target import LoadRequest, ScoreItem
 
@@ -95,7 +96,9 @@ def test_identity_names_model_engine_and_hardware(target, llama):
     assert identity["model"]["weights_sha256"] == llama.weights_sha256
     assert len(identity["model"]["tokenizer_sha256"]) == 64
     assert identity["engine"]["name"] == "kvtune"
-    assert identity["hardware"]["logical_cores"] >= 1
+    hardware = identity["hardware"]
+    assert hardware["logical_cores"] >= hardware["num_cpus"] >= 1
+    assert hardware["cpu"] == read_host().cpu
 
 
 def test_a_load_honours_arrivals_and_sleeps_when_idle(target, clock):

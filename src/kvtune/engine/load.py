@@ -7,7 +7,6 @@ the cache, attention that never reaches the registry), so nothing is served on t
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +24,14 @@ from kvtune.engine.detokenizer import TokenDecoder
 from kvtune.engine.rope import fix_rope, rope_regime
 from kvtune.engine.self_test import check_packed_equals_eager
 from kvtune.errors import InputFileError, UnsupportedModelError, UsageError
+from kvtune.model_folder import (
+    config_sha256,
+    files_sha256,
+    has_tokenizer,
+    read_config,
+    tokenizer_sha256,
+    weight_files,
+)
 from kvtune.spec import LayerKind, ModelSpec
 
 __all__ = ["SERVED_KINDS", "LoadedModel", "load_model", "read_spec"]
@@ -33,7 +40,6 @@ SERVED_KINDS = frozenset({LayerKind.FULL, LayerKind.SLIDING})
 """Layer kinds the engine can hold; everything else is refused by name."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _CHUNK_BYTES = 1 << 22
 
 
@@ -85,13 +91,12 @@ def load_model(
     """Load, check and self-test a model folder (safetensors, local files, no remote code) or a model object.
 
     A model object is changed in place (attention function, RoPE regime). `tokenizer`: instead of the
-    folder's own. Raises InputFileError for a
-    folder that is not a model, UnsupportedModelError naming layer and kind for a model kvtune cannot
-    serve, UsageError for a `max_model_len` beyond the model's.
+    folder's own. Raises InputFileError for a folder that is not a model, UnsupportedModelError naming
+    layer and kind for a model kvtune cannot serve, UsageError for a `max_model_len` beyond the model's.
     """
     config = config or EngineConfig()
     path = None if isinstance(source, PreTrainedModel) else Path(source)
-    raw = cast(PreTrainedModel, source).config.to_dict() if path is None else _read_config(path)
+    raw = cast(PreTrainedModel, source).config.to_dict() if path is None else read_config(path)
     spec = _served_spec(raw)
     register_attention()
     model = cast(PreTrainedModel, source) if path is None else _read_weights(path, config.dtype)
@@ -113,29 +118,16 @@ def load_model(
         rope_regime=regime,
         vocab_size=int(text_config.vocab_size),
         eos_token_ids=_eos_token_ids(model),
-        weights_sha256=_tensors_sha256(model) if path is None else _files_sha256(_weight_files(path)),
-        config_sha256=_config_sha256(raw),
-        tokenizer_sha256=None if path is None else _tokenizer_sha256(path),
+        weights_sha256=_tensors_sha256(model) if path is None else files_sha256(weight_files(path)),
+        config_sha256=config_sha256(raw),
+        tokenizer_sha256=None if path is None else tokenizer_sha256(path),
     )
-
-
-def _read_config(path: Path) -> Mapping[str, Any]:
-    file = path / "config.json"
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputFileError(f"{path} is no model folder: config.json not found") from None
-    except (OSError, ValueError) as error:
-        raise InputFileError(f"cannot read {file}: {error}") from error
-    if not isinstance(raw, dict):
-        raise InputFileError(f"{file} must hold one JSON object, found {type(raw).__name__}")
-    return cast("dict[str, Any]", raw)
 
 
 def read_spec(path: Path) -> ModelSpec:
     """The KV layout of a model folder, without its weights. UnsupportedModelError names a layer kind the
     engine does not serve."""
-    return _served_spec(_read_config(path))
+    return _served_spec(read_config(path))
 
 
 def _served_spec(raw: Mapping[str, Any]) -> ModelSpec:
@@ -149,15 +141,8 @@ def _served_spec(raw: Mapping[str, Any]) -> ModelSpec:
     return spec
 
 
-def _weight_files(path: Path) -> list[Path]:
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise InputFileError(f"{path} holds no *.safetensors file; convert the weights to safetensors")
-    return files
-
-
 def _read_weights(path: Path, dtype: str) -> PreTrainedModel:
-    _weight_files(path)
+    weight_files(path)
     try:
         with _quiet_transformers():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -228,23 +213,13 @@ def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
 
 
 def _read_tokenizer(path: Path) -> TokenDecoder | None:
-    if not any((path / name).exists() for name in _TOKENIZER_FILES):
+    if not has_tokenizer(path):
         return None
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputFileError(f"cannot read the tokenizer in {path}: {_first_line(error)}") from error
     return cast(TokenDecoder, tokenizer)
-
-
-def _files_sha256(files: list[Path]) -> str:
-    """SHA-256 over (name, content digest) of each file, streamed."""
-    total = hashlib.sha256()
-    for file in files:
-        with file.open("rb", buffering=0) as stream:
-            content = hashlib.file_digest(stream, "sha256")
-        total.update(file.name.encode() + b"\0" + content.digest())
-    return total.hexdigest()
 
 
 def _tensors_sha256(model: PreTrainedModel) -> str:
@@ -256,14 +231,3 @@ def _tensors_sha256(model: PreTrainedModel) -> str:
         for part in flat.split(_CHUNK_BYTES):
             total.update(part.numpy().tobytes())
     return total.hexdigest()
-
-
-def _config_sha256(raw: Mapping[str, Any]) -> str:
-    """SHA-256 of the config without what does not change the model's meaning."""
-    kept = {k: v for k, v in raw.items() if not k.startswith("_") and k not in ("transformers_version",)}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _tokenizer_sha256(path: Path) -> str | None:
-    files = [path / name for name in _TOKENIZER_FILES if (path / name).exists()]
-    return _files_sha256(sorted(files)) if files else None

@@ -21,6 +21,7 @@ from kvtune.engine.engine import Engine
 from kvtune.engine.identity import kv_bytes_per_token
 from kvtune.engine.load import LoadedModel, load_model, read_spec
 from kvtune.errors import KVTuneError, TargetError, UsageError
+from kvtune.host import read_host
 from kvtune.recipe import configuration_of
 from kvtune.spec import codec_storage
 from kvtune.target import Config, Knob, LoadReport, LoadRequest, LoadResult, ScoreItem, Scores
@@ -111,8 +112,7 @@ class EngineTarget:
                 "python": platform.python_version(),
             },
             "hardware": {
-                "cpu": _cpu_name(),
-                "architecture": platform.machine(),
+                **read_host().to_dict(),
                 "logical_cores": os.cpu_count(),
                 "threads": self.config.num_threads or torch.get_num_threads(),
             },
@@ -309,13 +309,3 @@ def _failed(request: LoadRequest, reason: str) -> LoadResult:
 
 def _with(values: tuple[int, ...], extra: int) -> tuple[int, ...]:
     return tuple(sorted({*values, extra}))
-
-
-def _cpu_name() -> str:
-    """Model name of the processor; platform's word where /proc has none."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"
