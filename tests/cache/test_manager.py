@@ -264,6 +264,39 @@ def test_reset_forgets_everything_and_running_requests_publish_nothing_more():
     manager.check()
 
 
+def test_forgotten_blocks_are_free_again_and_were_never_seen():
+    manager = manager_of(groups=(FULL, SLIDING))
+    tokens = [1, 2, 3, 4, 5, 6, 7]
+    run(manager, "a", tokens, cache_salt="x")
+    run(manager, "b", tokens, cache_salt="y")
+    hashes = manager.match(tokens, cache_salt="x").block_hashes
+    manager.free("a")
+    manager.free("b")
+    assert [usage.idle for usage in manager.usage()] == [6, 6]
+    manager.forget(hashes)
+    assert [usage.idle for usage in manager.usage()] == [3, 3]
+    assert [usage.free for usage in manager.usage()] == [5, 5]
+    assert manager.stats().evicted_blocks == 0
+    forgotten = {MissCause.NEVER_SEEN: 6, MissCause.PARTIAL_BLOCK: 1}
+    assert manager.match(tokens, cache_salt="x").misses == forgotten
+    assert manager.match(tokens, cache_salt="y").num_tokens == 6
+    manager.forget(hashes)  # nothing left to forget
+    run(manager, "c", tokens, cache_salt="x")
+    manager.check()
+
+
+def test_a_block_somebody_holds_is_not_forgotten():
+    manager = manager_of(num_first_blocks=[4])
+    match = run(manager, "a", [1, 2, 3, 4, 5])
+    manager.forget(match.block_hashes)
+    assert run(manager, "b", [1, 2, 3, 4, 9]).num_tokens == 4
+    manager.free("a")
+    manager.free("b")
+    manager.forget(match.block_hashes)
+    assert [(u.first.idle, u.body.idle) for u in manager.usage()] == [(0, 0)]
+    manager.check()
+
+
 def test_caching_off_shares_nothing_and_says_so():
     manager = manager_of(enable_prefix_caching=False)
     run(manager, "a", [1, 2, 3])

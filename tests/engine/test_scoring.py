@@ -93,10 +93,40 @@ def test_scores_do_not_depend_on_what_was_cached_before(llama, make_engine):
 def test_scoring_leaves_no_block_behind_that_a_request_could_hit(llama, make_engine):
     engine = make_engine(llama)
     engine.score(_items(), num_top=5)
-    assert engine.memory().referenced_bytes == 0
+    assert engine.memory().resident_bytes == 0
     params = SamplingParams(max_tokens=3, temperature=0.0)
     assert engine.generate([_items()[0].prompt_token_ids], params)[0].num_cached_tokens == 0
     engine._manager.check()
+
+
+def test_a_scoring_call_that_breaks_off_leaves_nothing_behind(llama, make_engine):
+    engine = make_engine(llama, scheduler={"max_num_batched_tokens": 64})
+    forward, calls = engine._runner.forward, []
+
+    def fail_later(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise RuntimeError("out of memory")
+        return forward(*args)
+
+    engine._runner.forward = fail_later
+    with pytest.raises(RuntimeError, match="out of memory"):
+        engine.score(_items(), num_top=5)
+    assert engine.memory().resident_bytes == 0
+    engine._manager.check()
+
+
+def test_scoring_evicts_no_cached_prefix_while_its_own_blocks_fit(llama, make_engine):
+    engine = make_engine(llama, cache={"kv_budget": "768KiB"}, scheduler={"max_num_batched_tokens": 64})
+    prompt = list(range(20, 100))
+    params = SamplingParams(max_tokens=2, temperature=0.0)
+    engine.generate([prompt], params)
+    items = [item for seed in range(12) for item in _items(seed=seed)]
+    num_blocks = engine.stats().blocks[0].total
+    assert sum(len(item.prompt_token_ids) + len(item.continuation) for item in items) > 3 * 16 * num_blocks
+    engine.score(items, num_top=5)
+    assert engine.stats().cache.evicted_blocks == 0
+    assert engine.generate([prompt], params)[0].num_cached_tokens == 64
 
 
 def test_items_share_prefixes_among_themselves(llama, make_engine):

@@ -176,6 +176,15 @@ class CacheMachine(RuleBasedStateMachine):
             assert allocation is not None
             self.memory.copy(allocation.copies)
 
+    @precondition(lambda self: self.count % 8 == 3)
+    @rule()
+    def forget_all(self):
+        self.count += 1
+        evicted = self.manager.stats().evicted_blocks
+        self.manager.forget({h for group in self.manager._groups for h, _ in group.index.items()})
+        assert all(usage.idle == 0 for usage in self.manager.usage())
+        assert self.manager.stats().evicted_blocks == evicted
+
     @precondition(lambda self: self.count % 8 == 7)
     @rule()
     def reset(self):

@@ -163,6 +163,17 @@ class BlockPool:
         self.num_published += 1
         return block_id
 
+    def forget(self, block_hash: BlockHash) -> None:
+        """Free the idle block with this content, if there is one; no eviction is counted or remembered."""
+        block_id = self._index.find(block_hash)
+        if block_id is None or self._ref_count[block_id]:
+            return
+        arena = self._arena(block_id)
+        arena.policy.remove(block_id)
+        self._index.forget(block_hash)
+        self._hashes[block_id] = None
+        arena.free.append(block_id)
+
     def unpublish_all(self) -> None:
         """Forget every content: idle blocks become free, referenced ones private again."""
         for block_id, block_hash in enumerate(self._hashes):

@@ -15,7 +15,7 @@ Nothing here knows tensors: the engine and the simulator run the same manager.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -332,6 +332,15 @@ class KVCacheManager:
         for block_hash in holding.hashes[holding.num_published :]:
             if self._in_flight.get(block_hash) == request_id:
                 del self._in_flight[block_hash]
+
+    def forget(self, block_hashes: Iterable[BlockHash]) -> None:
+        """Free the idle blocks with these contents: for content that its owner will not ask for again.
+
+        Blocks somebody holds stay. Forget no block without its descendants: they could never be hit.
+        """
+        for block_hash in block_hashes:
+            for group in self._groups:
+                group.pool.forget(block_hash)
 
     def reset_prefix_cache(self) -> None:
         """Forget all content. Running requests keep their blocks and publish nothing any more."""

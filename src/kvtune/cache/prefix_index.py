@@ -26,6 +26,10 @@ class PrefixIndex(Protocol):
         """Forget the block, remember (for a bounded while) that it was here. KeyError when absent."""
         ...
 
+    def forget(self, block_hash: BlockHash) -> None:
+        """As if the block had never been here. KeyError when absent."""
+        ...
+
     def was_evicted(self, block_hash: BlockHash) -> bool:
         """Whether the block was here once and was evicted; may forget the oldest evictions."""
         ...
@@ -63,6 +67,9 @@ class HashIndex:
         self._evicted[block_hash] = None
         if len(self._evicted) > self._max_evicted:
             self._evicted.popitem(last=False)
+
+    def forget(self, block_hash: BlockHash) -> None:
+        del self._blocks[block_hash]
 
     def was_evicted(self, block_hash: BlockHash) -> bool:
         return block_hash in self._evicted

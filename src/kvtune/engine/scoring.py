@@ -6,7 +6,7 @@ token-by-token decoding would read, so a whole continuation costs one pass inste
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypedDict
@@ -19,7 +19,7 @@ from kvtune.cache import KVCacheManager, PrefixMatch
 from kvtune.engine.runner import ModelRunner
 from kvtune.errors import UsageError
 from kvtune.target import ScoreItem, Scores
-from kvtune.types import BlockCopy, RequestId, ScheduledChunk
+from kvtune.types import BlockCopy, BlockHash, RequestId, ScheduledChunk
 
 __all__ = ["Scorer"]
 
@@ -47,6 +47,7 @@ class _Progress:
     order: int
     request_id: RequestId
     tokens: npt.NDArray[np.int32]
+    block_hashes: tuple[BlockHash, ...]
     position: int = 0
     parts: list[_Part] = field(default_factory=list[_Part])
 
@@ -78,10 +79,11 @@ class _Planned:
 
 
 class Scorer:
-    """Scores items through a runner and a manager; leaves no request and no reachable block behind.
+    """Scores items through a runner and a manager; leaves no request and no block behind.
 
     Items of one call share cached prefixes among themselves, under a salt of their own: what was cached
-    before cannot change the result, and what they cache is never hit by anyone else.
+    before cannot change the result, and what they cache is never hit by anyone else. A block no later
+    item can hit is freed as soon as its item is done, so that users' prefixes leave only for want of room.
     """
 
     def __init__(self, runner: ModelRunner, manager: KVCacheManager, *, vocab_size: int) -> None:
@@ -92,18 +94,18 @@ class Scorer:
 
     def score(self, items: Sequence[ScoreItem], *, num_top: int, chunk: int) -> list[Scores]:
         """Scores in item order; `chunk` tokens per step. UsageError if an item cannot be held."""
+        if num_top < 1 or chunk < 1:
+            raise UsageError(f"num_top and chunk must be at least 1, found {num_top} and {chunk}")
         self._num_calls += 1
         salt = f"score/{self._num_calls}"
-        waiting = deque(
-            _Progress(item, order, RequestId(f"{salt}/{order}"), _tokens(item))
-            for order, item in enumerate(items)
-        )
+        waiting = deque(self._progress(item, order, salt) for order, item in enumerate(items))
         for progress in waiting:
             if not self._manager.fits(len(progress.tokens) - 1):
                 raise UsageError(
                     f"score item {progress.item.item_id!r} has {len(progress.tokens)} tokens, more than the "
                     "KV cache holds; raise kv_budget"
                 )
+        wanted = Counter(block_hash for progress in waiting for block_hash in progress.block_hashes)
         active: deque[_Progress] = deque()
         done: dict[int, Scores] = {}
         try:
@@ -115,11 +117,19 @@ class Scorer:
                 for finished in [p for p in active if p.remaining == 0]:
                     active.remove(finished)
                     self._manager.free(finished.request_id)
+                    wanted.subtract(finished.block_hashes)
+                    self._manager.forget(h for h in finished.block_hashes if not wanted[h])
                     done[finished.order] = self._assemble(finished)
         finally:
             for progress in active:
                 self._manager.free(progress.request_id)
+            self._manager.forget(wanted)
         return [done[order] for order in range(len(items))]
+
+    def _progress(self, item: ScoreItem, order: int, salt: str) -> _Progress:
+        tokens = _tokens(item)
+        hashes = self._manager.match(tokens, cache_salt=salt).block_hashes
+        return _Progress(item, order, RequestId(f"{salt}/{order}"), tokens, hashes)
 
     def _continue_active(
         self, active: deque[_Progress], waiting: deque[_Progress], budget: int

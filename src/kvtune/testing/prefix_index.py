@@ -69,6 +69,17 @@ class PrefixIndexSuite:
             return
         raise AssertionError("evicted a block that was never there")
 
+    def test_a_forgotten_block_is_gone_and_not_remembered(self) -> None:
+        index = self.make_index(max_evicted=4)
+        index.insert(_hash(1), BlockId(3))
+        index.insert(_hash(2), BlockId(4))
+        index.forget(_hash(1))
+        assert index.find(_hash(1)) is None
+        assert not index.was_evicted(_hash(1))
+        assert index.find(_hash(2)) == 4
+        index.insert(_hash(1), BlockId(5))
+        assert index.find(_hash(1)) == 5
+
     def test_a_block_that_came_back_is_no_longer_evicted(self) -> None:
         index = self.make_index(max_evicted=4)
         index.insert(_hash(1), BlockId(3))
