@@ -84,7 +84,24 @@ def _check_range(config: Any) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CacheConfig:
+class _Settings:
+    """Ranges are checked on construction; as a dict, unknown names are refused."""
+
+    def __post_init__(self) -> None:
+        _check_range(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `from_dict` reverses it."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        _refuse_unknown(cls, data)
+        return cls(**data)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig(_Settings):
     """What the KV cache holds and how. Codec names are checked by `kvtune.spec`."""
 
     kv_budget: str | int = _knob("1GiB", "memory for KV blocks", unit="bytes")
@@ -114,7 +131,6 @@ class CacheConfig:
         return self.layer_codecs.get(layer, (self.k_codec, self.v_codec))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `from_dict` reverses it."""
         out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         out["layer_codecs"] = {str(k): list(v) for k, v in sorted(self.layer_codecs.items())}
         return out
@@ -134,7 +150,7 @@ class CacheConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerConfig:
+class SchedulerConfig(_Settings):
     """How requests share a step. All of it is hot: it may change between steps."""
 
     max_num_seqs: int = _knob(64, "sequences running at once", low=1, high=65536, hot=True)
@@ -147,20 +163,9 @@ class SchedulerConfig:
         3, "a request preempted this often is preempted last", low=0, high=1000, hot=True
     )
 
-    def __post_init__(self) -> None:
-        _check_range(self)
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        _refuse_unknown(cls, data)
-        return cls(**data)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig:
+class EngineConfig(_Settings):
     """How the model runs. None of it is hot."""
 
     dtype: str = _knob("auto", "auto (the checkpoint's) | float32 | bfloat16 | float16")
@@ -178,14 +183,6 @@ class EngineConfig:
             raise UsageError(f"dtype must be auto, float32, bfloat16 or float16, found {self.dtype!r}")
         if self.kernel not in ("auto", "native", "torch", "reference"):
             raise UsageError(f"kernel must be auto, native, torch or reference, found {self.kernel!r}")
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        _refuse_unknown(cls, data)
-        return cls(**data)
 
 
 def _refuse_unknown(cls: type, data: Mapping[str, Any]) -> None:
