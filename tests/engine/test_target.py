@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -187,14 +189,16 @@ def test_a_failing_engine_is_a_target_error_and_gives_its_memory_back(target):
     running.close()
 
 
-def _recipe(target: EngineTarget, path, **model) -> None:
+def _recipe(target: EngineTarget, path, *, model=None, engine=None, **members) -> None:
     identity = target.identity()
-    Recipe(
-        model={**identity["model"], **model}, engine=identity["engine"], hardware=identity["hardware"],
+    proven = Recipe(
+        model={**identity["model"], **(model or {})}, engine={**identity["engine"], **(engine or {})},
+        hardware=identity["hardware"],
         workload={}, read_contract="T0", kernel="torch", codec_constants_sha256=codec_constants_sha256(),
         configuration=configuration_of(CONFIG, kv_budget_bytes=1 << 20, engine={"kernel": "torch"}),
         baseline={}, evidence={}, quality={"verdict": "PASS"}, fallback={},
-    ).save(path)  # fmt: skip
+    )  # fmt: skip
+    replace(proven, **members).save(path)
 
 
 def test_an_engine_built_from_a_recipe_repeats_the_targets_tokens(target, tmp_path):
@@ -211,7 +215,29 @@ def test_an_engine_built_from_a_recipe_repeats_the_targets_tokens(target, tmp_pa
         assert engine.effective(context=64)["fingerprint"] == fingerprint
 
 
-def test_a_recipe_for_other_weights_is_refused(target, tmp_path):
-    _recipe(target, tmp_path / "recipe.json", weights_sha256="0" * 64)
-    with pytest.raises(UsageError, match="was proven for weights 000000000000"):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"weights_sha256": "0" * 64}}, "was proven for weights 000000000000"),
+        ({"engine": {"name": "vllm"}}, "for engine 'vllm'"),
+        ({"read_contract": "T1"}, "read contract 'T1', this engine has T0"),
+        ({"codec_constants_sha256": "1" * 64}, "codec constants 111111111111"),
+    ],
+)
+def test_a_recipe_that_says_nothing_about_what_is_here_is_refused(target, tmp_path, change, message):
+    _recipe(target, tmp_path / "recipe.json", **change)
+    with pytest.raises(UsageError, match=message):
         Engine.from_recipe(tmp_path / "recipe.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kernel": "native"}, "proven with kernel path native, here it is torch"),
+        ({"engine": {"version": "0.0.1"}}, r"proven with kvtune 0\.0\.1"),
+    ],
+)
+def test_another_kernel_path_or_version_than_the_proven_one_is_a_warning(target, tmp_path, change, message):
+    _recipe(target, tmp_path / "recipe.json", **change)
+    with pytest.warns(UserWarning, match=message), Engine.from_recipe(tmp_path / "recipe.json") as engine:
+        assert len(engine.generate([[5, 6]], SamplingParams(max_tokens=2))[0].token_ids) == 2

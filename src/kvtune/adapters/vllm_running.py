@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 from kvtune.adapters.openai_client import CompletionsClient, StreamRequest, StreamResult
 from kvtune.adapters.server_process import ServerProcess
 from kvtune.adapters.vllm_install import VLLMOffer, root_cause
 from kvtune.adapters.vllm_scoring import Scorer
+from kvtune.closing import Closing
 from kvtune.errors import TargetError, UsageError
 from kvtune.target import Config, LoadReport, LoadRequest, LoadResult, ScoreItem, Scores
 
@@ -87,7 +87,7 @@ def _findings(effective: Mapping[str, Any], asked: Config, budget: int, target: 
     return found
 
 
-class RunningVLLM:
+class RunningVLLM(Closing):
     """A started server (see `kvtune.target.RunningTarget`). Not for use from several threads."""
 
     def __init__(
@@ -261,14 +261,6 @@ class RunningVLLM:
     def close(self) -> None:
         """Stop the server and everything below it; idempotent."""
         self.process.stop()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 _COUNTER = re.compile(r"^vllm:(\w+?)(?:_total)?(?:\{[^}]*\})? ([0-9.eE+-]+)$", re.MULTILINE)

@@ -1,9 +1,10 @@
-"""The KV memory of one engine: how many blocks the budget buys, and one arena per layer."""
+"""The KV memory of one engine: how many blocks the budget buys, an arena per layer, and their manager."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvtune.cache import KVCacheManager
 from kvtune.config import CacheConfig
 from kvtune.errors import UsageError
 from kvtune.kernels import LayerCache
@@ -17,7 +18,7 @@ from kvtune.spec import (
     split_budget,
 )
 
-__all__ = ["FIRST_BLOCK_CODEC", "ArenaPlan", "allocate_arenas", "plan_arenas"]
+__all__ = ["FIRST_BLOCK_CODEC", "ArenaPlan", "allocate_arenas", "cache_manager", "plan_arenas"]
 
 FIRST_BLOCK_CODEC = "bf16"
 """How block 0 of each sequence is stored with `first_block_16bit`."""
@@ -101,6 +102,19 @@ def allocate_arenas(plan: ArenaPlan, cache: CacheConfig) -> dict[int, LayerCache
                 num_first_blocks=first_count,
             )
     return caches
+
+
+def cache_manager(plan: ArenaPlan, cache: CacheConfig, *, fingerprint: bytes) -> KVCacheManager:
+    """The bookkeeping of these arenas' blocks; `fingerprint` is the root of every block hash."""
+    return KVCacheManager(
+        plan.groups,
+        plan.num_blocks,
+        block_size=plan.block_size,
+        enable_prefix_caching=cache.enable_prefix_caching,
+        policy=cache.eviction_policy,
+        fingerprint=fingerprint,
+        num_first_blocks=plan.num_first_blocks,
+    )
 
 
 def _layout(group: KVGroup, k_codec: str, v_codec: str, block_size: int) -> PackedLayout:

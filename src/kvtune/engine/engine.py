@@ -10,21 +10,19 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
-from kvtune.cache import KVCacheManager
+from kvtune.closing import Closing
 from kvtune.config import CacheConfig, EngineConfig, SchedulerConfig
-from kvtune.engine.arenas import allocate_arenas, plan_arenas
+from kvtune.engine.arenas import allocate_arenas, cache_manager, plan_arenas
 from kvtune.engine.detokenizer import TokenDecoder
-from kvtune.engine.identity import READ_CONTRACT, cache_fingerprint, kv_bytes_per_token
-from kvtune.engine.inputs import check_items, check_token_ids
+from kvtune.engine.identity import cache_fingerprint
+from kvtune.engine.inputs import check_items, prompt_token_ids
 from kvtune.engine.load import LoadedModel, load_model
+from kvtune.engine.proof import check_readable, check_weights, warn_if_unproven
 from kvtune.engine.request_state import RequestState
 from kvtune.engine.runner import ModelRunner, last_rows
 from kvtune.engine.sampler import check_sampling, request_seed, sample
@@ -33,8 +31,9 @@ from kvtune.engine.telemetry import (
     EngineStats,
     MemoryReport,
     cache_settings,
+    engine_stats,
     memory_report,
-    resident_bytes_by_codec,
+    run_settings,
 )
 from kvtune.errors import UsageError
 from kvtune.kernels import Backend, choose_backend
@@ -58,7 +57,7 @@ Prompt = str | Sequence[int]
 ModelSource = str | Path | PreTrainedModel | LoadedModel
 
 
-class Engine:
+class Engine(Closing):
     """Serves one model through a paged, prefix-sharing, separately encoded K and V cache.
 
     Build with `from_pretrained` or `from_recipe`; use as a context manager or call `close`. Not
@@ -89,15 +88,7 @@ class Engine:
             max_num_batched_tokens=scheduler.max_num_batched_tokens,
         )  # fmt: skip
         self._arenas = allocate_arenas(self._plan, cache)
-        self._manager = KVCacheManager(
-            self._plan.groups,
-            self._plan.num_blocks,
-            block_size=cache.block_size,
-            enable_prefix_caching=cache.enable_prefix_caching,
-            policy=cache.eviction_policy,
-            fingerprint=self.fingerprint,
-            num_first_blocks=self._plan.num_first_blocks,
-        )
+        self._manager = cache_manager(self._plan, cache, fingerprint=self.fingerprint)
         self._scheduler = Scheduler(
             self._manager, scheduler, max_model_len=self.max_model_len, eos_token_ids=loaded.eos_token_ids,
             clock=clock,
@@ -137,23 +128,21 @@ class Engine:
 
     @classmethod
     def from_recipe(cls, path: str | Path, model: ModelSource | None = None) -> Self:
-        """The engine a recipe describes. `model` overrides the recipe's path, not its weights: other
-        weights than those the recipe was proven with are refused (UsageError)."""
+        """The engine a recipe describes. `model` overrides the recipe's path, not its weights.
+
+        UsageError for a recipe of another engine, other weights, codec constants or another read
+        contract; a UserWarning where the kernel path or the version is not the one it was proven with.
+        """
         recipe = Recipe.load(path)
+        cache, scheduler, config = recipe.cache_config(), recipe.scheduler_config(), recipe.engine_config()
+        check_readable(recipe, path)
         source = model if model is not None else recipe.model.get("path")
         if source is None:
             raise UsageError(f"recipe {path} names no model path; pass model=")
-        engine = cls.from_pretrained(
-            source, cache=recipe.cache_config(), scheduler=recipe.scheduler_config(),
-            config=recipe.engine_config(),
-        )  # fmt: skip
-        proven = recipe.model.get("weights_sha256")
-        if proven is not None and proven != engine.loaded.weights_sha256:
-            engine.close()
-            raise UsageError(
-                f"recipe {path} was proven for weights {str(proven)[:12]}, found "
-                f"{engine.loaded.weights_sha256[:12]}; run `kvtune tune` for this model"
-            )
+        loaded = source if isinstance(source, LoadedModel) else load_model(source, config)
+        check_weights(recipe, path, loaded)
+        engine = cls(loaded, cache=cache, scheduler=scheduler, config=config)
+        warn_if_unproven(recipe, path, engine.backend)
         return engine
 
     # --- requests in, outputs out
@@ -170,7 +159,7 @@ class Engine:
         own: dict[RequestId, RequestOutput | None] = {}
         try:
             for prompt, one in zip(prompts, all_params, strict=True):
-                own[self._add(self._next_id(), prompt, one)] = None
+                own[self._add_unnamed(prompt, one)] = None
             while any(output is None for output in own.values()):
                 for state, new_ids, new_text in self._advance():
                     request_id = state.sequence.request_id
@@ -199,10 +188,23 @@ class Engine:
 
         UsageError if it could never be served.
         """
-        self._add(
-            RequestId(request_id), prompt, params, arrival_s=arrival_s, priority=priority, tenant=tenant,
+        self._check_open()
+        if request_id in self._states:
+            raise UsageError(f"request id {request_id!r} is in use; give each request its own")
+        tokenizer = self.loaded.tokenizer
+        check_sampling(params, has_tokenizer=tokenizer is not None)
+        request = Request(
+            request_id=RequestId(request_id),
+            prompt_token_ids=prompt_token_ids(prompt, tokenizer, self.loaded.vocab_size),
+            sampling=params,
+            arrival_s=self._clock() if arrival_s is None else arrival_s,
+            priority=priority,
+            tenant=tenant,
             cache_salt=cache_salt,
-        )  # fmt: skip
+        )
+        sequence = self._scheduler.add(request)
+        seed = request_seed(self.config.seed, request.request_id, params)
+        self._states[request.request_id] = RequestState(sequence, seed=seed, decoder=tokenizer)
 
     def step(self, *, finished_only: bool = False) -> list[RequestOutput]:
         """One scheduler step; an output for each request that got tokens or ended since the last call.
@@ -219,7 +221,7 @@ class Engine:
 
     def stream(self, prompt: Prompt, params: SamplingParams) -> Iterator[RequestOutput]:
         """Outputs of one request as its tokens come; closing the iterator aborts it."""
-        request_id = self._add(self._next_id(), prompt, params)
+        request_id = self._add_unnamed(prompt, params)
         return self._stream(request_id)
 
     def _stream(self, request_id: RequestId) -> Iterator[RequestOutput]:
@@ -266,48 +268,33 @@ class Engine:
         """Teacher-forced log-probabilities of each item's continuation, through this engine's cache.
 
         `chunk`: tokens per step (None: max_num_batched_tokens). The vocabulary is returned whole when it
-        has at most `num_top` tokens. Neither other requests nor the result see each other's blocks.
+        has at most `num_top` tokens. Neither other requests nor the result see each other's blocks, and
+        no block stays behind; `stats` counts what was looked up and computed.
         """
         self._check_open()
         check_items(items, vocab_size=self.loaded.vocab_size, max_model_len=self.max_model_len)
-        if num_top < 1 or (chunk is not None and chunk < 1):
-            raise UsageError(f"num_top and chunk must be at least 1, found {num_top} and {chunk}")
-        step_tokens = chunk or self._scheduler_config.max_num_batched_tokens
-        return self._scorer.score(items, num_top=num_top, chunk=step_tokens)
+        chunk = self._scheduler_config.max_num_batched_tokens if chunk is None else chunk
+        return self._scorer.score(items, num_top=num_top, chunk=chunk)
 
     # --- telling and ending
 
     def stats(self) -> EngineStats:
-        usage = self._manager.usage()
-        return EngineStats(
-            blocks=usage,
-            cache=self._manager.stats(),
-            scheduler=self._scheduler.stats(),
-            resident_bytes=resident_bytes_by_codec(self._plan, self._arenas, usage),
-        )
+        return engine_stats(self._manager, self._scheduler, self._plan, self._arenas)
 
     def effective(self, *, context: int) -> dict[str, Any]:
         """Settings read back from the live parts, by knob name, and what they cost.
 
         `kv_bytes_per_token` at `context` tokens or the engine's length if shorter.
         """
-        context = min(context, self.max_model_len)
-        spec, scheduler = self.loaded.spec, self._scheduler_config
         return {
-            **cache_settings(self._plan, self._arenas),
-            "block_size": self._manager.block_size,
-            "enable_prefix_caching": self._manager.enable_prefix_caching,
-            "max_num_seqs": scheduler.max_num_seqs,
-            "max_num_batched_tokens": scheduler.max_num_batched_tokens,
-            "kv_bytes_per_token": kv_bytes_per_token(spec, self.cache_config, scheduler, context=context),
-            "reference_context": context,
+            **cache_settings(self._plan, self._arenas, self._manager),
+            **run_settings(
+                self.loaded, self.cache_config, self._scheduler_config, self.backend,
+                context=min(context, self.max_model_len),
+            ),
             "max_model_len": self.max_model_len,
-            "read_contract": READ_CONTRACT,
-            "kernel": self.backend.name,
-            "kernel_reason": self.backend.reason,
-            "dtype": str(self.loaded.dtype).removeprefix("torch."),
             "fingerprint": self.fingerprint.hex(),
-        }
+        }  # fmt: skip
 
     def memory(self) -> MemoryReport:
         """KV bytes from storage, from the block tables of live requests, and as spec predicts them."""
@@ -333,56 +320,12 @@ class Engine:
         self._arenas.clear()
         self._is_closed = True
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     # --- inside
 
-    def _next_id(self) -> RequestId:
-        return RequestId(f"auto-{next(self._ids)}")
-
-    def _add(
-        self,
-        request_id: RequestId,
-        prompt: Prompt,
-        params: SamplingParams,
-        *,
-        arrival_s: float | None = None,
-        priority: int = 0,
-        tenant: str = "",
-        cache_salt: str = "",
-    ) -> RequestId:
-        self._check_open()
-        if request_id in self._states:
-            raise UsageError(f"request id {request_id!r} is in use; give each request its own")
-        check_sampling(params)
-        if params.stop and self.loaded.tokenizer is None:
-            raise UsageError("stop strings need a tokenizer; this model folder has none, use stop_token_ids")
-        request = Request(
-            request_id=request_id,
-            prompt_token_ids=self._token_ids(prompt),
-            sampling=params,
-            arrival_s=self._clock() if arrival_s is None else arrival_s,
-            priority=priority,
-            tenant=tenant,
-            cache_salt=cache_salt,
-        )
-        sequence = self._scheduler.add(request)
-        seed = request_seed(self.config.seed, request_id, params)
-        self._states[request_id] = RequestState(sequence, seed=seed, decoder=self.loaded.tokenizer)
+    def _add_unnamed(self, prompt: Prompt, params: SamplingParams) -> RequestId:
+        request_id = RequestId(f"auto-{next(self._ids)}")
+        self.add_request(request_id, prompt, params)
         return request_id
-
-    def _token_ids(self, prompt: Prompt) -> npt.NDArray[np.int32]:
-        if isinstance(prompt, str):
-            if self.loaded.tokenizer is None:
-                raise UsageError("this model folder has no tokenizer; pass prompts as token ids")
-            prompt = self.loaded.tokenizer.encode(prompt)
-        return check_token_ids(prompt, self.loaded.vocab_size, what="prompt")
 
     def _advance(self) -> list[tuple[RequestState, Sequence[int], str]]:
         """One scheduler step; (state, new token ids, new text) of each request that moved."""

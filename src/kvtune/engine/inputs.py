@@ -7,13 +7,25 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from kvtune.engine.detokenizer import TokenDecoder
 from kvtune.errors import UsageError
 from kvtune.target import ScoreItem
 
-__all__ = ["check_items", "check_token_ids"]
+__all__ = ["check_items", "prompt_token_ids"]
 
 
-def check_token_ids(token_ids: Sequence[int], vocab_size: int, *, what: str) -> npt.NDArray[np.int32]:
+def prompt_token_ids(
+    prompt: str | Sequence[int], tokenizer: TokenDecoder | None, vocab_size: int
+) -> npt.NDArray[np.int32]:
+    """A prompt as int32 [n], n >= 1; a text is encoded first. UsageError for what cannot be served."""
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise UsageError("this model folder has no tokenizer; pass prompts as token ids")
+        prompt = tokenizer.encode(prompt)
+    return _check_token_ids(prompt, vocab_size, what="prompt")
+
+
+def _check_token_ids(token_ids: Sequence[int], vocab_size: int, *, what: str) -> npt.NDArray[np.int32]:
     """The ids as int32 [n], n >= 1, each in [0, vocab_size). UsageError names the first bad one."""
     try:
         values = np.asarray(token_ids)
@@ -37,8 +49,8 @@ def check_items(items: Sequence[ScoreItem], *, vocab_size: int, max_model_len: i
     """UsageError unless every item has a prompt, a continuation and ids inside the vocabulary."""
     for item in items:
         what = f"score item {item.item_id!r}"
-        prompt = check_token_ids(item.prompt_token_ids, vocab_size, what=f"{what}: prompt")
-        continuation = check_token_ids(item.continuation, vocab_size, what=f"{what}: continuation")
+        prompt = _check_token_ids(item.prompt_token_ids, vocab_size, what=f"{what}: prompt")
+        continuation = _check_token_ids(item.continuation, vocab_size, what=f"{what}: continuation")
         if len(prompt) + len(continuation) > max_model_len:
             raise UsageError(
                 f"{what} has {len(prompt)} + {len(continuation)} tokens, the engine takes {max_model_len}"

@@ -32,7 +32,7 @@ class SampleRow:
     index: int
 
 
-def check_sampling(params: SamplingParams) -> None:
+def check_sampling(params: SamplingParams, *, has_tokenizer: bool = True) -> None:
     """Raise UsageError on values no sampler can honour."""
     rules = (
         (params.max_tokens >= 1, f"max_tokens must be at least 1, found {params.max_tokens}"),
@@ -44,6 +44,8 @@ def check_sampling(params: SamplingParams) -> None:
          f"seed must fit in 64 bits, found {params.seed}"),
         (not isinstance(params.stop, str), "stop must be a tuple of strings, found one string"),
         (all(params.stop), "a stop string must not be empty"),
+        (has_tokenizer or not params.stop,
+         "stop strings need a tokenizer; this model folder has none, use stop_token_ids"),
     )  # fmt: skip
     for holds, message in rules:
         if not holds:

@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import transformers
 
 from kvtune._version import __version__
+from kvtune.closing import Closing
 from kvtune.codecs import CODECS
 from kvtune.config import CacheConfig, EngineConfig, SchedulerConfig
 from kvtune.engine.engine import Engine
@@ -140,7 +140,7 @@ class EngineTarget:
         return cache, replace(self._scheduler, **sorted_knobs["scheduler"])
 
 
-class RunningEngine:
+class RunningEngine(Closing):
     """Implements `kvtune.target.RunningTarget` over one engine."""
 
     def __init__(self, engine: Engine, *, clock: Callable[[], float], sleep: Callable[[float], None]) -> None:
@@ -195,14 +195,6 @@ class RunningEngine:
 
     def close(self) -> None:
         self.engine.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class _LoadRun:

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvtune.cache import CacheStats, GroupUsage, KVCacheManager
+from kvtune.config import CacheConfig, SchedulerConfig
 from kvtune.engine.arenas import ArenaPlan
-from kvtune.kernels import LayerCache
-from kvtune.sched import SchedulerStats
+from kvtune.engine.identity import READ_CONTRACT, kv_bytes_per_token
+from kvtune.engine.load import LoadedModel
+from kvtune.kernels import Backend, LayerCache
+from kvtune.sched import Scheduler, SchedulerStats
 from kvtune.spec import KVGroup
 
-__all__ = ["EngineStats", "MemoryReport", "cache_settings", "memory_report", "resident_bytes_by_codec"]
+__all__ = ["EngineStats", "MemoryReport", "cache_settings", "engine_stats", "memory_report", "run_settings"]
 
 Arenas = Mapping[int, LayerCache]
 """Model layer index -> that layer's arenas."""
@@ -54,6 +57,18 @@ class EngineStats:
         flat |= {f"missed_tokens_{cause}": count for cause, count in self.cache.misses.items()}
         flat |= {f"resident_bytes_{name}": size for name, size in self.resident_bytes.items()}
         return flat
+
+
+def engine_stats(
+    manager: KVCacheManager, scheduler: Scheduler, plan: ArenaPlan, arenas: Arenas
+) -> EngineStats:
+    usage = manager.usage()
+    return EngineStats(
+        blocks=usage,
+        cache=manager.stats(),
+        scheduler=scheduler.stats(),
+        resident_bytes=_resident_bytes_by_codec(plan, arenas, usage),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +131,7 @@ def _stored_bytes(group: KVGroup, arenas: Arenas, block_ids: set[int]) -> int:
     return total
 
 
-def resident_bytes_by_codec(plan: ArenaPlan, arenas: Arenas, usage: Sequence[GroupUsage]) -> dict[str, int]:
+def _resident_bytes_by_codec(plan: ArenaPlan, arenas: Arenas, usage: Sequence[GroupUsage]) -> dict[str, int]:
     """Bytes of referenced and idle blocks: "k:<codec>", "v:<codec>" with their scales, and "padding"."""
     total: Counter[str] = Counter()
     for group, used in zip(plan.groups, usage, strict=True):
@@ -131,8 +146,8 @@ def resident_bytes_by_codec(plan: ArenaPlan, arenas: Arenas, usage: Sequence[Gro
     return dict(total)
 
 
-def cache_settings(plan: ArenaPlan, arenas: Arenas) -> dict[str, Any]:
-    """Codecs and sizes as the arenas have them; "mixed" where layers differ."""
+def cache_settings(plan: ArenaPlan, arenas: Arenas, manager: KVCacheManager) -> dict[str, Any]:
+    """Settings as arenas and manager have them; a codec is "mixed" where layers differ."""
     layouts = [cache.layout for cache in arenas.values()]
     heads = [arenas[group.layers[0]] for group in plan.groups]  # layers of a group have equally many blocks
     return {
@@ -140,6 +155,24 @@ def cache_settings(plan: ArenaPlan, arenas: Arenas) -> dict[str, Any]:
         "v_codec": _one_or_mixed({layout.v_codec for layout in layouts}),
         "num_blocks": sum(cache.num_blocks + cache.num_first_blocks for cache in heads),
         "kv_capacity_tokens": plan.capacity_tokens,
+        "block_size": manager.block_size,
+        "enable_prefix_caching": manager.enable_prefix_caching,
+    }
+
+
+def run_settings(
+    loaded: LoadedModel, cache: CacheConfig, scheduler: SchedulerConfig, backend: Backend, *, context: int
+) -> dict[str, Any]:
+    """How the model runs, and what a sequence of `context` tokens costs [bytes per token]."""
+    return {
+        "max_num_seqs": scheduler.max_num_seqs,
+        "max_num_batched_tokens": scheduler.max_num_batched_tokens,
+        "kv_bytes_per_token": kv_bytes_per_token(loaded.spec, cache, scheduler, context=context),
+        "reference_context": context,
+        "read_contract": READ_CONTRACT,
+        "kernel": backend.name,
+        "kernel_reason": backend.reason,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
     }
 
 
