@@ -1,0 +1,154 @@
+"""What a report is made of, before it is HTML or Markdown: sections of paragraphs, facts, tables, figures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from kvtune.report.record import NOT_RECORDED, Figure, show, show_interval, show_number
+
+Tone = Literal["", "good", "bad", "warn", "muted"]
+Kind = Literal["baseline", "winner", "passed", "failed", "other"]
+
+VERDICT_TONES: dict[str, Tone] = {"PASS": "good", "FAIL": "bad", "UNDECIDED": "warn", "INERT": "warn"}
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One value: its text, the recorded value behind it, a test id, a tone."""
+
+    text: str
+    raw: Any = None
+    test_id: str = ""
+    tone: Tone = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Paragraph:
+    """A sentence or two; `tone` marks a warning."""
+
+    text: str
+    tone: Tone = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Labelled values: as cards when `is_headline`, else as a two-column list."""
+
+    items: tuple[tuple[str, Cell], ...]
+    is_headline: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table with a caption; a row is as many cells as there are headers, the first one its header."""
+
+    caption: str
+    headers: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Bullets:
+    """A list of plain texts."""
+
+    items: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """Text to be copied: a command or raw JSON (`summary` folds it away)."""
+
+    text: str
+    test_id: str = ""
+    summary: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One trial in a scatter figure."""
+
+    x: float
+    y: float
+    label: str
+    kind: Kind
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Scatter:
+    """Points over two axes, with an optional horizontal limit; drawn in HTML only."""
+
+    title: str
+    x_label: str
+    y_label: str
+    points: tuple[Point, ...]
+    x_unit: str = ""
+    y_unit: str = ""
+    limit: float | None = None
+    limit_label: str = ""
+    is_log_y: bool = False
+    has_front: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """One row of an interval figure; `limit` is drawn as a tick, `tone` says how it ended."""
+
+    label: str
+    low: float
+    value: float
+    high: float
+    tone: Tone = ""
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Intervals:
+    """Values with intervals against one vertical reference line."""
+
+    title: str
+    x_label: str
+    rows: tuple[Interval, ...]
+    reference: float
+    reference_label: str
+
+
+Block = Paragraph | Facts | Table | Bullets | Code | Scatter | Intervals
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A heading with its blocks; figures that follow one another stand side by side."""
+
+    title: str
+    blocks: Sequence[Block] = field(default_factory=tuple)
+
+    @property
+    def anchor(self) -> str:
+        return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
+
+
+def cell(value: Any, unit: str = "", *, test_id: str = "", tone: Tone = "") -> Cell:
+    """A cell that shows a recorded value; None reads "not recorded"."""
+    text = show(value, unit)
+    return Cell(text, value, test_id, "muted" if text == NOT_RECORDED else tone)
+
+
+def figure_cell(shown: Figure, unit: str = "", *, test_id: str = "", tone: Tone = "") -> Cell:
+    """A cell with a number and, where recorded, its interval and n."""
+    if shown.value is None and shown.low is None and shown.high is None:
+        return Cell(NOT_RECORDED, None, test_id, "muted")
+    value = "" if shown.value is None else show_number(shown.value, unit)
+    interval = show_interval(shown, unit)
+    count = f", n = {shown.n}" if shown.n is not None else ""
+    inside = f"{interval}{count}".lstrip(", ")
+    text = f"{value} ({inside})" if value and inside else value or inside
+    return Cell(text, shown.value if shown.value is not None else shown.high, test_id, tone)
+
+
+def verdict_cell(verdict: Any, test_id: str = "") -> Cell:
+    """A verdict in its tone."""
+    return cell(verdict, test_id=test_id, tone=VERDICT_TONES.get(str(verdict), ""))

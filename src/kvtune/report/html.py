@@ -1,0 +1,145 @@
+"""A report as one HTML file: no script, no request, strict content security policy, light and dark.
+
+Everything that comes from the result is escaped: model names, prompts and outputs are hostile text.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from kvtune.report.blocks import (
+    Block,
+    Bullets,
+    Cell,
+    Code,
+    Facts,
+    Intervals,
+    Paragraph,
+    Scatter,
+    Section,
+    Table,
+)
+from kvtune.report.charts import intervals_svg, scatter_svg
+from kvtune.report.sections import report_title, sections
+from kvtune.report.style import STYLE
+
+MAX_BYTES = 2_000_000
+"""A report stays under this size; the raw record is cut first."""
+
+
+def render(result: Mapping[str, Any]) -> str:
+    """The whole page as text, under `MAX_BYTES` for any result that `tune` writes."""
+    parts = list(sections(result))
+    page = _page(report_title(result), parts)
+    if len(page.encode()) > MAX_BYTES:
+        page = _page(report_title(result), parts[:-1])  # without the raw record, which lies beside the report
+    return page
+
+
+def _page(title: str, parts: Sequence[Section]) -> str:
+    digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    contents = "".join(f'<li><a href="#{s.anchor}">{escape(s.title)}</a></li>' for s in parts)
+    body = "".join(_section(part) for part in parts)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark"><meta name="referrer" content="no-referrer">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n"
+        f'<body><header><p class="brand">kvtune report</p><h1>{escape(title)}</h1>'
+        f'<nav aria-label="Contents"><ul>{contents}</ul></nav></header>\n<main>{body}</main></body></html>\n'
+    )
+
+
+def _section(section: Section) -> str:
+    parts: list[str] = []
+    figures: list[str] = []
+    for block in section.blocks:
+        if isinstance(block, Scatter | Intervals):
+            figures.append(_figure(block))
+            continue
+        parts += _flush(figures)
+        parts.append(_block(block))
+    parts += _flush(figures)
+    heading = f'<h2 id="{section.anchor}">{escape(section.title)}</h2>'
+    return f'<section aria-labelledby="{section.anchor}">{heading}{"".join(parts)}</section>\n'
+
+
+def _flush(figures: list[str]) -> list[str]:
+    drawn = "".join(figures)
+    figures.clear()
+    return [f'<div class="figures">{drawn}</div>'] if drawn else []
+
+
+def _figure(block: Scatter | Intervals) -> str:
+    drawing = scatter_svg(block) if isinstance(block, Scatter) else intervals_svg(block)
+    if not drawing:
+        return ""
+    return (
+        f'<figure><figcaption>{escape(block.title)}</figcaption><div class="drawing">{drawing}</div></figure>'
+    )
+
+
+def _block(block: Block) -> str:
+    match block:
+        case Paragraph():
+            return f'<p class="{block.tone or "plain"}">{escape(block.text)}</p>'
+        case Facts():
+            return _facts(block)
+        case Table():
+            return _table(block)
+        case Bullets():
+            return f"<ul>{''.join(f'<li>{escape(item)}</li>' for item in block.items)}</ul>"
+        case Code():
+            return _code(block)
+        case Scatter() | Intervals():
+            return _figure(block)
+
+
+def _facts(block: Facts) -> str:
+    kind = "cards" if block.is_headline else "facts"
+    items = "".join(
+        f"<div><dt>{escape(name)}</dt><dd{_attributes(c)}>{escape(c.text)}</dd></div>"
+        for name, c in block.items
+    )
+    return f'<dl class="{kind}">{items}</dl>'
+
+
+def _table(block: Table) -> str:
+    head = "".join(f'<th scope="col">{escape(header)}</th>' for header in block.headers)
+    rows: list[str] = []
+    for row in block.rows:
+        first, *rest = row
+        cells = "".join(f"<td{_attributes(c)}>{escape(c.text)}</td>" for c in rest)
+        rows.append(f'<tr><th scope="row"{_attributes(first)}>{escape(first.text)}</th>{cells}</tr>')
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(block.caption)}"><table>'
+        f"<caption>{escape(block.caption)}</caption><thead><tr>{head}</tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _attributes(shown: Cell) -> str:
+    """Test id, the recorded value behind the text, and the tone's class."""
+    parts: list[str] = []
+    if shown.test_id:
+        parts.append(f' data-testid="{escape(shown.test_id)}"')
+        if isinstance(shown.raw, bool | int | float | str):
+            parts.append(f' data-value="{escape(json.dumps(shown.raw))}"')
+    if shown.tone:
+        parts.append(f' class="{shown.tone}"')
+    return "".join(parts)
+
+
+def _code(block: Code) -> str:
+    test_id = f' data-testid="{escape(block.test_id)}"' if block.test_id else ""
+    pre = f"<pre{test_id}><code>{escape(block.text)}</code></pre>"
+    if not block.summary:
+        return pre
+    return f"<details><summary>{escape(block.summary)}</summary>{pre}</details>"

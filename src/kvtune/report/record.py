@@ -1,0 +1,156 @@
+"""Reading a result mapping without trusting it: paths that may be absent, figures with intervals, formats."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+NOT_RECORDED = "not recorded"
+
+_VALUE_KEYS = ("value", "mean", "estimate", "ratio")
+_LOW_KEYS = ("low", "lower")
+_HIGH_KEYS = ("high", "upper", "bound")
+_PREFIXES = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A number as recorded: value, 95 % interval where there is one, and the number of observations."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+
+
+def as_mapping(value: Any) -> Mapping[str, Any]:
+    """`value` if it is a mapping, else an empty one."""
+    return cast("Mapping[str, Any]", value) if isinstance(value, Mapping) else {}
+
+
+def as_sequence(value: Any) -> Sequence[Any]:
+    """`value` if it is a list or tuple, else an empty one."""
+    return cast("Sequence[Any]", value) if isinstance(value, list | tuple) else ()
+
+
+def find(record: Any, *paths: str) -> Any:
+    """The first of several dotted paths that leads to something other than None."""
+    for path in paths:
+        value: Any = record
+        for key in path.split("."):
+            value = as_mapping(value).get(key)
+        if value is not None:
+            return value
+    return None
+
+
+def number(value: Any) -> float | None:
+    """A finite int or float, else None; booleans are not numbers."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def figure(value: Any) -> Figure:
+    """A number or {value|mean|ratio, low|lower, high|upper|bound, n} as a Figure."""
+    if not isinstance(value, Mapping):
+        return Figure(number(value))
+    fields = as_mapping(value)
+    count = number(fields.get("n"))
+    return Figure(
+        _first(fields, _VALUE_KEYS), _first(fields, _LOW_KEYS), _first(fields, _HIGH_KEYS),
+        None if count is None else int(count),
+    )  # fmt: skip
+
+
+def _first(fields: Mapping[str, Any], keys: Sequence[str]) -> float | None:
+    found = (number(fields.get(key)) for key in keys)
+    return next((value for value in found if value is not None), None)
+
+
+def is_plottable(value: float | None) -> bool:
+    """Whether a number can be placed on an axis."""
+    return value is not None and math.isfinite(value)
+
+
+def show(value: Any, unit: str = "") -> str:
+    """A value as text: numbers to four digits in a readable unit, anything else as JSON or plain text."""
+    if value is None or value == "":
+        return NOT_RECORDED
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float):
+        return show_number(value, unit)
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def show_number(value: float, unit: str = "") -> str:
+    """`value` in `unit`: s (as ms below one second), bytes (binary prefixes), ratio, % or plain."""
+    if not math.isfinite(value):
+        return str(value)
+    if unit == "s" and abs(value) < 1:
+        return f"{_digits(value * 1000)} ms"
+    if unit == "bytes":
+        return _bytes(value)
+    if unit == "ratio":
+        return f"{_digits(value)}x"
+    return f"{_digits(value)} {unit}".rstrip()
+
+
+def _bytes(value: float) -> str:
+    for size, prefix in _PREFIXES:
+        if abs(value) >= 10 * size:
+            return f"{_digits(value / size)} {prefix}"
+    return f"{_digits(value)} B"
+
+
+def _digits(value: float) -> str:
+    if value == 0:
+        return "0"
+    if isinstance(value, int) or float(value).is_integer():
+        return f"{int(value):,}" if abs(value) < 1e15 else f"{value:.3e}"
+    if 1e-4 <= abs(value) < 1e5:
+        decimals = max(0, 3 - math.floor(math.log10(abs(value))))
+        return f"{value:,.{decimals}f}"
+    return f"{value:.3g}"
+
+
+def show_interval(shown: Figure, unit: str = "") -> str:
+    """The interval of a figure as `low to high`, or an empty text."""
+    if shown.low is None and shown.high is None:
+        return ""
+    if shown.low is None:
+        return f"at most {show_number(cast('float', shown.high), unit)}"
+    if shown.high is None:
+        return f"at least {show_number(shown.low, unit)}"
+    return f"{show_number(shown.low, unit)} to {show_number(shown.high, unit)}"
+
+
+def unit_of(metric: str) -> str:
+    """The unit that a metric's name carries."""
+    if metric.endswith("bytes_per_token") or metric.endswith("_bytes") or metric == "bytes":
+        return "bytes"
+    if metric.endswith("_s") and not metric.endswith("per_s"):
+        return "s"
+    return ""
+
+
+def short_config(config: Any) -> str:
+    """A configuration in a few characters for a figure: its K and V codecs or its one KV dtype."""
+    fields = as_mapping(config)
+    if "k_codec" in fields or "v_codec" in fields:
+        return f"{show(fields.get('k_codec'))}/{show(fields.get('v_codec'))}"
+    if "kv_dtype" in fields:
+        return show(fields["kv_dtype"])
+    return ", ".join(f"{k}={show(v)}" for k, v in list(fields.items())[:2]) or NOT_RECORDED
+
+
+def long_config(config: Any) -> str:
+    """Every knob of a configuration as `name=value`."""
+    fields = as_mapping(config)
+    return ", ".join(f"{k}={show(v)}" for k, v in fields.items()) or NOT_RECORDED
