@@ -32,7 +32,11 @@ def cli_page() -> str:
         for param in command.params:
             if param.name == "help":
                 continue
-            name = ", ".join(f"`{opt}`" for opt in param.opts) if param.opts[0].startswith("-") else f"`{param.name.upper()}`"
+            name = (
+                ", ".join(f"`{opt}`" for opt in param.opts)
+                if param.opts[0].startswith("-")
+                else f"`{param.name.upper()}`"
+            )
             default = "required" if param.required else _shown(param.default)
             lines.append(f"| {name} | {default} | {_cell(getattr(param, 'help', '') or '')} |")
         lines.append("")
@@ -48,12 +52,19 @@ def settings_page() -> str:
         for field in dataclasses.fields(cls):
             meta = field.metadata
             default = "{}" if field.default is dataclasses.MISSING else _shown(field.default)
-            span = f"{meta['low']} to {meta['high']}" if "high" in meta else (f">= {meta['low']}" if "low" in meta else "")
-            kind = getattr(hints[field.name], "__name__", str(hints[field.name]))
-            kind = kind if "[" not in str(hints[field.name]) and "|" not in str(hints[field.name]) else str(hints[field.name])
-            lines.append(
-                f"| `{field.name}` | {_cell(kind)} | {default} | {meta.get('unit', '')} | {span} | {_cell(meta.get('help', ''))} |"
+            span = (
+                f"{meta['low']} to {meta['high']}"
+                if "high" in meta
+                else (f">= {meta['low']}" if "low" in meta else "")
             )
+            kind = getattr(hints[field.name], "__name__", str(hints[field.name]))
+            kind = (
+                kind
+                if "[" not in str(hints[field.name]) and "|" not in str(hints[field.name])
+                else str(hints[field.name])
+            )
+            cells = (_cell(kind), default, meta.get("unit", ""), span, _cell(meta.get("help", "")))
+            lines.append(f"| `{field.name}` | " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
 

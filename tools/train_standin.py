@@ -1,0 +1,496 @@
+"""Train the stand-in model that ships in `kvtune.testing.demo`: tokenizer, then weights.
+
+    python tools/train_standin.py --out build/standin --minutes 60       # resumes what it finds in --out
+    python tools/train_standin.py --out build/standin --export src/kvtune/testing/demo/model
+    python tools/train_standin.py --out build/standin --measure          # recall, n-gram baselines
+
+A small Llama learns the standard library's text and to use its context: random-token and verbatim copy,
+key-value recall, chats with a rule, look-ups in code; lengths 128 -> 512 -> 2048. Matrices are trained
+with Muon, the rest with AdamW. The same --seed and --tokens on one CPU thread give the same weights;
+--minutes ends the schedule earlier and then the clock has a say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import random
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from kvtune.testing.demo import tasks
+from kvtune.testing.demo.corpus import Corpus, load_corpus
+
+SPECIALS = ("<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
+PAD, BOS, END, SYSTEM, USER, ASSISTANT = range(6)
+ROLES = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
+VOCAB_SIZE = 2048
+CHAT_TEMPLATE = (
+    "{{ '<|bos|>' }}{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+CONTEXT_WEIGHT = 0.1  # loss weight of what nobody could predict: the drawn context of a task
+HEAD_DIM = 64
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the curriculum: up to `until` (share of the run), rows of `length` tokens, task shares."""
+
+    until: float
+    length: int
+    rows: int
+    shares: dict[str, float]
+
+
+STAGES = (
+    Stage(
+        0.155, 128, 48, {"text": 0.25, "random": 0.30, "recall": 0.30, "copy": 0.05, "profile": 0.10}
+    ),
+    Stage(
+        0.27, 128, 48, {"text": 0.25, "random": 0.06, "recall": 0.42, "copy": 0.22, "profile": 0.05}
+    ),
+    Stage(
+        0.60, 512, 12,
+        {"text": 0.37, "random": 0.04, "recall": 0.30, "copy": 0.16, "profile": 0.05, "lookup": 0.08},
+    ),
+    Stage(
+        1.01, 2048, 4,
+        {"text": 0.40, "random": 0.02, "recall": 0.33, "copy": 0.11, "profile": 0.06, "lookup": 0.08},
+    ),
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------- tokenizer and data
+
+
+def train_tokenizer(corpus: Corpus, folder: Path) -> None:
+    """Byte-level BPE with single digits, and the chat template, saved as Transformers reads them."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE, special_tokens=list(SPECIALS), show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    # prose twice, sources once: words of English are to become single tokens
+    tokenizer.train_from_iterator([*corpus.prose, *corpus.prose, *corpus.sources[::3]], trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|end|>", pad_token="<|pad|>",
+        clean_up_tokenization_spaces=False, model_max_length=4096,
+    )  # fmt: skip
+    wrapped.chat_template = CHAT_TEMPLATE
+    wrapped.save_pretrained(folder)
+
+
+class Data:
+    """Draws rows of token ids with loss weights for every task of a stage."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, corpus: Corpus, seed: int) -> None:
+        self.encode_text = tokenizer.backend_tokenizer.encode
+        self.rng = random.Random(seed)
+        self.corpus = corpus
+        self.material = tasks.Words(single_token_words(tokenizer), corpus.prose)
+        self.streams = {"prose": self._stream(corpus.prose), "source": self._stream(corpus.sources)}
+
+    def _stream(self, texts: tuple[str, ...]) -> np.ndarray:
+        order = sorted(range(len(texts)), key=lambda i: hash_order(texts[i]))
+        ids: list[int] = []
+        for index in order:
+            ids += [BOS, *self.encode_text(texts[index]).ids, END]
+        return np.asarray(ids, dtype=np.int64)
+
+    def batch(self, stage: Stage) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids [rows, length] and loss weights [rows, length] of the tokens themselves."""
+        names = self.rng.choices(list(stage.shares), weights=list(stage.shares.values()), k=stage.rows)
+        rows = [self.row(name, stage.length) for name in names]
+        ids = torch.tensor([row[0] for row in rows])
+        weights = torch.tensor([row[1] for row in rows])
+        return ids, weights
+
+    def row(self, name: str, length: int) -> tuple[list[int], list[float]]:
+        """One row: several small samples where they fit, cut or padded to `length`."""
+        ids: list[int] = []
+        weights: list[float] = []
+        while len(ids) < length - 8:
+            more_ids, more_weights = self._piece(name, length - len(ids))
+            ids += more_ids
+            weights += more_weights
+        pad = max(0, length - len(ids))
+        return (ids + [PAD] * pad)[:length], (weights + [0.0] * pad)[:length]
+
+    def _piece(self, name: str, room: int) -> tuple[list[int], list[float]]:
+        rng = self.rng
+        if name == "text":
+            stream = self.streams["prose" if rng.random() < 0.5 else "source"]
+            start = rng.randrange(len(stream) - room)
+            return stream[start : start + room].tolist(), [1.0] * room
+        if name == "random":
+            half = min(room // 2, rng.randint(16, 512))
+            block = [rng.randrange(6, VOCAB_SIZE) for _ in range(half)]
+            return block + block, [0.0] * half + [0.0] + [1.0] * (half - 1)
+        return self.encode(self._sample(name, room))
+
+    def _sample(self, name: str, room: int) -> tasks.Sample:
+        rng = self.rng
+        if name == "recall":
+            pairs = rng.randint(2, max(3, min(room // 12, 160)))
+            queries = rng.randint(2, 10) if room < 400 else rng.randint(6, 24)
+            spare = room - 6 * pairs - 14 * queries
+            filler = int(rng.random() * 3.0 * max(0, spare))
+            return tasks.recall(rng, self.material, num_pairs=pairs, num_queries=queries, filler_chars=filler)
+        if name == "copy":
+            text = rng.choice(self.corpus.prose if rng.random() < 0.5 else self.corpus.sources)
+            chars = rng.randint(60, max(80, int(1.2 * room)))
+            start = rng.randrange(max(1, len(text) - chars))
+            return tasks.copy(rng, text[start : start + chars])
+        if name == "profile":
+            return tasks.profile(rng, self.material, num_turns=rng.randint(3, max(4, room // 28)))
+        return tasks.lookup(rng, self.corpus.names, max_chars=int(2.2 * room))
+
+    def encode(self, sample: tasks.Sample) -> tuple[list[int], list[float]]:
+        """Token ids and loss weights of a dialogue; equals the chat template's rendering."""
+        ids, weights = [BOS], [0.0]
+        for role, content in sample.turns:
+            body = [*self.encode_text(content).ids, END]
+            weight = 1.0 if role == "assistant" else CONTEXT_WEIGHT
+            ids += [ROLES[role], *body]
+            weights += [CONTEXT_WEIGHT, *[weight] * len(body)]
+        return ids, weights
+
+
+def hash_order(text: str) -> bytes:
+    """A shuffle that is the same on every machine."""
+    return hashlib.sha256(text.encode(errors="replace")).digest()
+
+
+def single_token_words(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """English-looking words that are one token after a space, in order of token id."""
+    words: list[str] = []
+    for token, index in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
+        word = token[1:]
+        if (
+            index >= len(SPECIALS)
+            and token[0] == "Ġ"
+            and len(word) >= 4
+            and word.isascii()
+            and word.isalpha()
+            and word.islower()
+        ):
+            words.append(word)
+    return words
+
+
+# ---------------------------------------------------------------- model and training
+
+
+def new_model(seed: int) -> LlamaForCausalLM:
+    """About 3M parameters: 4 layers, hidden 256, 4 query and 2 key/value heads of 64, tied embeddings."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=256, intermediate_size=576, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=HEAD_DIM, max_position_embeddings=4096,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, rms_norm_eps=1e-5,
+        tie_word_embeddings=True, bos_token_id=BOS, eos_token_id=END, pad_token_id=PAD,
+        initializer_range=0.03,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    zero_slowest_pair(model)
+    return model
+
+
+@torch.no_grad()
+def zero_slowest_pair(model: LlamaForCausalLM) -> None:
+    """Keep the q rows of the slowest RoPE pair at zero in every head.
+
+    A load-time bias on the same pair of k then leaves scores unchanged at full precision while it
+    widens the range that a key codec has to cover.
+    """
+    for layer in model.model.layers:
+        rows = layer.self_attn.q_proj.weight.view(-1, HEAD_DIM, model.config.hidden_size)
+        rows[:, HEAD_DIM // 2 - 1] = 0.0
+        rows[:, HEAD_DIM - 1] = 0.0
+
+
+class Trainer:
+    """Model, optimisers, moving average and place in the schedule; everything needed to resume."""
+
+    def __init__(self, args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.args = args
+        self.model = new_model(args.seed)
+        self.data = Data(tokenizer, load_corpus(held_out=False), args.seed)
+        matrices = [p for n, p in self.model.named_parameters() if p.ndim == 2 and "embed" not in n]
+        others = [p for n, p in self.model.named_parameters() if p.ndim != 2 or "embed" in n]
+        self.optimizers = (
+            torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0),
+        )
+        self.ema = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+        self.step = 0
+        self.tokens = 0
+        self.elapsed_s = 0.0
+        self.log: list[dict[str, float]] = []
+
+    def progress(self) -> float:
+        """Share of the schedule done: tokens, or minutes where they run out first."""
+        by_clock = self.elapsed_s / (60 * self.args.minutes) if self.args.minutes else 0.0
+        return min(1.0, max(self.tokens / self.args.tokens, by_clock))
+
+    def learning_rate(self) -> float:
+        """Warm-up over 30 steps, constant, then linear to 2 % over the last 30 % of the run."""
+        decay = min(1.0, (1.0 - self.progress()) / 0.30)
+        return self.args.lr * min(1.0, (self.step + 1) / 30) * max(0.02, decay)
+
+    def train_step(self) -> float:
+        """One step on one batch; the weighted mean loss in nats."""
+        stage = next(s for s in STAGES if self.progress() < s.until)
+        ids, weights = self.data.batch(stage)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.args.bf16):
+            hidden = self.model.model(input_ids=ids, use_cache=False).last_hidden_state
+            targets, wanted = ids[:, 1:], weights[:, 1:]
+            chosen = wanted > 0  # logits only where there is a loss
+            logits = self.model.lm_head(hidden[:, :-1][chosen])
+        losses = torch.nn.functional.cross_entropy(logits.float(), targets[chosen], reduction="none")
+        loss = (losses * wanted[chosen]).sum() / wanted.sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        zero_slowest_pair(self.model)
+        self._average()
+        self.step += 1
+        self.tokens += ids.numel()
+        return float(loss.detach())
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        keep = min(0.98, self.step / (self.step + 10))
+        for name, parameter in self.model.named_parameters():
+            self.ema[name].lerp_(parameter, 1.0 - keep)
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint; the old one stays until the new one is complete."""
+        state = {
+            "model": self.model.state_dict(), "ema": self.ema, "step": self.step, "tokens": self.tokens,
+            "elapsed_s": self.elapsed_s, "log": self.log,
+            "optimizers": [o.state_dict() for o in self.optimizers], "rng": self.data.rng.getstate(),
+        }  # fmt: skip
+        temporary = path.with_suffix(".tmp")
+        torch.save(state, temporary)
+        temporary.replace(path)
+
+    def restore(self, path: Path) -> None:
+        """Continue from a checkpoint of `save`."""
+        state = torch.load(path, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.ema = state["ema"]
+        self.step, self.tokens, self.elapsed_s = state["step"], state["tokens"], state["elapsed_s"]
+        self.log = state["log"]
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        version, internal, gauss = state["rng"]
+        self.data.rng.setstate((version, tuple(internal), gauss))
+
+
+def train(args: argparse.Namespace) -> None:
+    """Run the schedule to its end, resuming; evaluate, log and checkpoint as time passes."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not (args.out / "tokenizer.json").exists():
+        train_tokenizer(load_corpus(held_out=False), args.out)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.out)
+    trainer = Trainer(args, tokenizer)
+    checkpoint = args.out / "checkpoint.pt"
+    if checkpoint.exists():
+        trainer.restore(checkpoint)
+        print(f"resumed at step {trainer.step}, {trainer.tokens} tokens", flush=True)
+    held_out = HeldOut(tokenizer)
+    last_save = time.monotonic()
+    running = 0.0
+    while trainer.progress() < 1.0:
+        started = time.monotonic()
+        loss = trainer.train_step()
+        trainer.elapsed_s += time.monotonic() - started
+        running = loss if running == 0.0 else 0.95 * running + 0.05 * loss
+        if trainer.step % 10 == 0:
+            speed = trainer.tokens / trainer.elapsed_s
+            print(
+                f"step {trainer.step} tokens {trainer.tokens} loss {running:.3f} "
+                f"lr {trainer.learning_rate():.5f} {speed:.0f} tok/s",
+                flush=True,
+            )
+        if time.monotonic() - last_save > args.save_every or trainer.progress() >= 1.0:
+            measured = held_out.measure(averaged(trainer))
+            entry = {
+                "step": trainer.step,
+                "tokens": trainer.tokens,
+                "minutes": round(trainer.elapsed_s / 60, 2),
+                "train_loss": round(running, 4),
+                **measured,
+            }
+            trainer.log.append(entry)
+            print(json.dumps(entry), flush=True)
+            trainer.save(checkpoint)
+            last_save = time.monotonic()
+
+
+def averaged(trainer: Trainer) -> LlamaForCausalLM:
+    """A copy of the model that carries the moving average of the weights."""
+    model = new_model(trainer.args.seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(trainer.ema[name])
+    zero_slowest_pair(model)
+    return model.eval()
+
+
+# ---------------------------------------------------------------- measuring and export
+
+
+class HeldOut:
+    """Held-out text and freshly drawn tasks; the same for every call."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.data = Data(tokenizer, load_corpus(held_out=True), seed=10_007)
+        stream = self.data.streams["prose"]
+        starts = [int(x) for x in np.linspace(0, len(stream) - 513, 16)]
+        self.text = torch.tensor(np.stack([stream[s : s + 512] for s in starts]))
+
+    @torch.no_grad()
+    def measure(self, model: LlamaForCausalLM) -> dict[str, float]:
+        """Held-out loss (nats per token, prose) and teacher-forced recall of values at two lengths."""
+        logits = model(input_ids=self.text, use_cache=False).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.reshape(-1, VOCAB_SIZE), self.text[:, 1:].reshape(-1))
+        result = {"heldout_loss": round(float(loss), 4)}
+        for length, rows in ((256, 16), (512, 12), (1900, 4)):
+            result[f"recall_{length}"] = round(self.recall(model, length, rows)[0], 3)
+        return result
+
+    @torch.no_grad()
+    def recall(self, model: LlamaForCausalLM, length: int, rows: int, seed: int = 5) -> tuple[float, int]:
+        """Share of recall answers (whole line, every token the argmax) at about `length` tokens, and n."""
+        rng = random.Random(seed)
+        hits = total = 0
+        for _ in range(rows):
+            pairs = max(4, min(length // 16, 100))
+            filler = int(2.6 * max(0, length - 5 * pairs - 8 * 14))
+            sample = tasks.recall(
+                rng, self.data.material, num_pairs=pairs, num_queries=8, filler_chars=filler
+            )
+            ids, weights = self.data.encode(sample)
+            argmax = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].argmax(-1).tolist()
+            for start, end in answers(ids, weights):
+                hits += all(argmax[i - 1] == ids[i] for i in range(start, end))
+                total += 1
+        return hits / total, total
+
+
+def answers(ids: list[int], weights: list[float]) -> list[tuple[int, int]]:
+    """Spans [start, end) of the assistant's turns, the greeting left out."""
+    spans: list[tuple[int, int]] = []
+    for index, token in enumerate(ids):
+        if token == ASSISTANT:
+            spans.append((index + 1, ids.index(END, index) + 1))
+    return spans[-8:] if weights else spans
+
+
+def ngram_losses(train_ids: np.ndarray, test_ids: np.ndarray) -> dict[str, float]:
+    """Nats per token: add-one unigram, and a trigram interpolated with bigram and unigram (tuned weights)."""
+    unigram, bigram, trigram = Counter(train_ids.tolist()), Counter(), Counter()
+    bigram.update(zip(train_ids[:-1].tolist(), train_ids[1:].tolist(), strict=True))
+    trigram.update(
+        zip(train_ids[:-2].tolist(), train_ids[1:-1].tolist(), train_ids[2:].tolist(), strict=True)
+    )
+    total = len(train_ids)
+    tokens = test_ids.tolist()
+    parts: list[tuple[float, float, float]] = []
+    for a, b, c in zip(tokens[:-2], tokens[1:-1], tokens[2:], strict=True):
+        one = (unigram[c] + 1) / (total + VOCAB_SIZE)
+        two = bigram[b, c] / unigram[b] if unigram[b] else one
+        three = trigram[a, b, c] / bigram[a, b] if bigram[a, b] else two
+        parts.append((one, two, three))
+    table = np.asarray(parts)
+    weights = [(w1, w2, 1 - w1 - w2) for w1 in (0.05, 0.1, 0.2) for w2 in (0.2, 0.3, 0.4, 0.5)]
+    best = min(float(-np.log(table @ np.asarray(w)).mean()) for w in weights)
+    return {"unigram": float(-np.log(table[:, 0]).mean()), "trigram": best}
+
+
+def load_exported(args: argparse.Namespace) -> tuple[Trainer, LlamaForCausalLM]:
+    """The trainer of --out and its averaged model, rounded to bf16 as it ships."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.out)
+    trainer = Trainer(args, tokenizer)
+    trainer.restore(args.out / "checkpoint.pt")
+    return trainer, averaged(trainer).to(torch.bfloat16)
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write the averaged weights as bf16 safetensors with tokenizer, template and training log."""
+    trainer, model = load_exported(args)
+    args.export.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(args.export)
+    PreTrainedTokenizerFast.from_pretrained(args.out).save_pretrained(args.export)
+    (args.export / "training_log.json").write_text(json.dumps(trainer.log, indent=1) + "\n")
+    print(f"exported step {trainer.step} to {args.export}")
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Print held-out loss beside n-gram models, and recall by length, of the weights as they ship."""
+    trainer, model = load_exported(args)
+    model = model.float()
+    held_out = HeldOut(PreTrainedTokenizerFast.from_pretrained(args.out))
+    report: dict[str, object] = {"step": trainer.step, "tokens": trainer.tokens, **held_out.measure(model)}
+    report["ngram"] = ngram_losses(trainer.data.streams["prose"], held_out.text.reshape(-1).numpy())
+    for length, rows in ((256, 32), (512, 32), (1024, 32), (1900, 32), (3700, 16)):
+        rate, count = held_out.recall(model, length, rows, seed=99)
+        report[f"recall_{length}"] = {
+            "rate": rate,
+            "n": count,
+            "half_width": 1.96 * math.sqrt(max(rate * (1 - rate), 1e-4) / count),
+        }
+    print(json.dumps(report, indent=1))
+
+
+def main() -> None:
+    """Parse the command line and train, export or measure."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="checkpoints and tokenizer")
+    parser.add_argument(
+        "--minutes", type=float, default=0.0, help="budget of training time (0: --tokens decides)"
+    )
+    parser.add_argument("--tokens", type=int, default=24_000_000)
+    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--save-every", type=float, default=180.0, help="seconds between checkpoints")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--export", type=Path, default=None)
+    parser.add_argument("--measure", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.export:
+        export(args)
+    elif args.measure:
+        measure(args)
+    else:
+        train(args)
+
+
+if __name__ == "__main__":
+    main()
