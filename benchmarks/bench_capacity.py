@@ -156,7 +156,7 @@ def main() -> int:
     parser.add_argument("--num-requests", type=int, default=64)
     parser.add_argument("--max-model-len", type=int, default=4096)
     parser.add_argument(
-        "--fixed-slots", type=int, default=12, help="the budget: this many full-length bf16 slots"
+        "--fixed-slots", type=int, default=4, help="the budget: this many full-length bf16 slots"
     )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)

@@ -90,7 +90,7 @@ def broken_links() -> list[str]:
 def main() -> int:
     pages = {"docs/reference/cli.md": cli_page(), "docs/reference/settings.md": settings_page()}
     check = "--check" in sys.argv
-    problems = broken_links()
+    problems: list[str] = []
     for name, text in pages.items():
         path = ROOT / name
         if check and (not path.exists() or path.read_text() != text):
@@ -98,6 +98,7 @@ def main() -> int:
         elif not check:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
+    problems += broken_links()
     for problem in problems:
         print(problem, file=sys.stderr)
     return 1 if problems else 0

@@ -1,0 +1,44 @@
+"""Every benchmark, one after the other, each in a process of its own; results go to benchmarks/results.
+
+    python benchmarks/run_all.py [--traces DIR]
+
+Without --traces (or KVTUNE_TRACES) the benchmarks that need a public trace are named and left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--traces", type=Path, default=os.environ.get("KVTUNE_TRACES"))
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    commands = {"bench_decode": ["--json", str(args.out / "bench_decode.json")]}
+    if args.traces:
+        trace = Path(args.traces) / "azure2023_conv.csv.gz"
+        commands["bench_capacity"] = ["--trace", str(trace), "--json", str(args.out / "bench_capacity.json")]
+    else:
+        print("bench_capacity left out: give --traces DIR with azure2023_conv.csv.gz")
+    failed: list[str] = []
+    for name, flags in commands.items():
+        print(f"== {name} {' '.join(flags)}", flush=True)
+        if subprocess.run([sys.executable, str(HERE / f"{name}.py"), *flags], check=False).returncode:
+            failed.append(name)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
