@@ -145,7 +145,7 @@ def test_ctrl_c_stops_the_server_kvtune_started_and_nothing_else(
     process = subprocess.Popen(
         command(tmp_path / "out", workload, "--budget", "5m"),
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
     )
     try:
         wait_for(serving_processes, 240, "the server to appear")
