@@ -79,8 +79,8 @@ def wait_for(condition, seconds: float, what: str):
 
 
 def serving_processes() -> list[str]:
-    # the model's path stands in the server's command line and in that of `kvtune tune`
-    return [line for line in processes_naming(str(demo_model_path())) if "kvtune tune" not in line]
+    # the model's path stands in other command lines too (`kvtune tune`, the probe); only a server has a port
+    return [line for line in processes_naming(str(demo_model_path())) if "--port" in line]
 
 
 def test_a_real_vllm_is_tuned_and_the_emitted_command_starts(
@@ -189,5 +189,5 @@ def kill_serving_processes() -> None:
                 line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
             except OSError:
                 continue
-            if str(demo_model_path()) in line and "kvtune tune" not in line:
+            if str(demo_model_path()) in line and "--port" in line:
                 os.kill(int(entry.name), signal.SIGKILL)
