@@ -12,9 +12,12 @@ import pytest
 
 from kvtune.testing.demo import demo_model_path
 
-GOOD_LINE = json.dumps(
-    {"messages": [{"role": "user", "content": "What does os.path.join do?"}], "max_tokens": 4}
-)
+
+def good_line(topic: str) -> str:
+    return json.dumps({"messages": [{"role": "user", "content": f"What does {topic} do?"}], "max_tokens": 4})
+
+
+GOOD_LINE = good_line("os.path.join")
 
 
 def kvtune_command(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -51,7 +54,8 @@ def tune(
 
 def good_workload(tmp_path: Path, lines: int = 8) -> Path:
     path = tmp_path / "good.jsonl"
-    path.write_text((GOOD_LINE + "\n") * lines)
+    topics = ("zip", "abs", "json.dumps", "len", "os.path.join", "max", "sorted", "re.match", "iter", "hash")
+    path.write_text("".join(good_line(topics[i % len(topics)]) + "\n" for i in range(lines)))
     return path
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["materialised", "open_target", "read_workload", "tune"]
 
 DEFAULT_BUDGET, DEMO_BUDGET = "10m", "5m"
-DEMO_REQUESTS = 480
+DEMO_REQUESTS = 720
 VLLM_TOP = 128
 """Ids per token asked of a vLLM server: its answers travel as JSON text."""
 

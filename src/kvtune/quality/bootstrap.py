@@ -55,15 +55,23 @@ def _finite(value: float) -> float | None:
 
 def bootstrap_mean(
     values: npt.ArrayLike, clusters: Sequence[str], *, rng: np.random.Generator,
-    num_resamples: int = NUM_RESAMPLES,
+    weights: npt.ArrayLike | None = None, num_resamples: int = NUM_RESAMPLES,
 ) -> Estimate:  # fmt: skip
-    """Mean of `values` [n] with bounds, `clusters` [n] naming the cluster of each. UsageError if empty."""
+    """Weighted mean of `values` [n] with bounds, `clusters` [n] naming the cluster of each.
+
+    `weights` [n] above zero, by default all 1: with the number of tokens a value stands for, the mean is
+    that of tokens. UsageError if empty.
+    """
     data = np.asarray(values, np.float64)
-    if data.size == 0 or data.size != len(clusters):
-        raise UsageError(f"a bootstrap needs one cluster per value, found {data.size} and {len(clusters)}")
+    share = np.ones_like(data) if weights is None else np.asarray(weights, np.float64)
+    if data.size == 0 or not data.size == len(clusters) == share.size:
+        raise UsageError(
+            f"a bootstrap needs one cluster and one weight per value, found {data.size} values, "
+            f"{len(clusters)} clusters and {share.size} weights"
+        )
     _, index = np.unique(np.asarray(clusters, dtype=object).astype(str), return_inverse=True)
-    sums = np.bincount(index, weights=data).astype(np.float64)
-    counts = np.bincount(index).astype(np.float64)
+    sums = np.bincount(index, weights=data * share).astype(np.float64)
+    counts = np.bincount(index, weights=share).astype(np.float64)
     mean = float(sums.sum() / counts.sum())
     if len(sums) == 1:  # one cluster says nothing about others
         return Estimate(value=mean, low=-np.inf, high=np.inf, n=data.size, num_clusters=1)

@@ -9,7 +9,7 @@
     every upper bound <= margin -------------> PASS
     otherwise -------------------------------> UNDECIDED  (says how many more requests)
 
-All bounds are one-sided 95 % on the *excess* over the A/A floor, taken request by request.
+All bounds are one-sided 95 % on the *excess* over the A/A floor, per token, with sessions drawn whole.
 Each metric is tested at its margin; passing needs all of them, so no correction is due (intersection-union).
 """
 
@@ -197,16 +197,21 @@ def _item_means(divergences: Sequence[TokenDivergence], metric: str) -> _Means:
     return np.array([float(getattr(d, metric).mean()) for d in divergences])
 
 
+def _num_tokens(divergences: Sequence[TokenDivergence]) -> _Means:
+    """Tokens of each answer, its weight: one flip in an answer of one token is no flip rate of 100 %."""
+    return np.array([float(len(d.kl)) for d in divergences])
+
+
 def _weigh(
     name: str, pair: _Pair, clusters: Sequence[str], *, margin: Margin, rng: np.random.Generator
 ) -> MetricVerdict:
     """One metric of (candidate, floor) over all requests."""
-    raw, noise = _item_means(pair[0], name), _item_means(pair[1], name)
-    excess = bootstrap_mean(raw - noise, clusters, rng=rng)
+    raw, noise, tokens = _item_means(pair[0], name), _item_means(pair[1], name), _num_tokens(pair[0])
+    excess = bootstrap_mean(raw - noise, clusters, rng=rng, weights=tokens)
     if name == "flips":  # rule of three: where no flip was seen, drawing again cannot see one either
-        num_tokens = sum(len(d.flips) for d in pair[0])
-        excess = replace(excess, high=max(excess.high, 3 / num_tokens))
-    return _metric_verdict(name, margin.limits()[name], raw, noise, excess)
+        excess = replace(excess, high=max(excess.high, 3 / float(tokens.sum())))
+    means = float(np.average(raw, weights=tokens)), float(np.average(noise, weights=tokens))
+    return _metric_verdict(name, margin.limits()[name], means, excess)
 
 
 def _weigh_decode(
@@ -221,23 +226,27 @@ def _weigh_decode(
     """
     raw, noise = _item_means(decode[0], prefill.name), _item_means(decode[1], prefill.name)
     known, known_noise = (_item_means(side, prefill.name) for side in same_by_prefill)
-    added = bootstrap_mean((raw - noise) - (known - known_noise), clusters, rng=rng)
+    tokens = _num_tokens(decode[0])
+    added = bootstrap_mean((raw - noise) - (known - known_noise), clusters, rng=rng, weights=tokens)
     excess = Estimate(
         value=prefill.excess.value + added.value, low=prefill.excess.low + added.low,
         high=prefill.excess.high + added.high, n=added.n, num_clusters=added.num_clusters,
     )  # fmt: skip
-    return _metric_verdict(f"decode_{prefill.name}", prefill.margin, raw, noise, excess)
+    means = float(np.average(raw, weights=tokens)), float(np.average(noise, weights=tokens))
+    return _metric_verdict(f"decode_{prefill.name}", prefill.margin, means, excess)
 
 
-def _metric_verdict(name: str, limit: float, raw: _Means, noise: _Means, excess: Estimate) -> MetricVerdict:
-    floor_level = abs(float(noise.mean()))  # delta-NLL noise has a sign; its size is what blinds the ruler
+def _metric_verdict(name: str, limit: float, means: tuple[float, float], excess: Estimate) -> MetricVerdict:
+    """`means`: per token, of the candidate and of the A/A floor."""
+    raw, noise = means
+    floor_level = abs(noise)  # delta-NLL noise has a sign; its size is what blinds the ruler
     verdict = Verdict.UNDECIDED
     if excess.low > limit:
         verdict = Verdict.FAIL
     elif floor_level <= limit * FLOOR_SHARE and excess.high <= limit:
         verdict = Verdict.PASS
     return MetricVerdict(
-        name=name, margin=limit, raw=float(raw.mean()), floor=floor_level, excess=excess, verdict=verdict,
+        name=name, margin=limit, raw=raw, floor=floor_level, excess=excess, verdict=verdict,
         more_requests=_more_requests(excess, limit) if verdict is Verdict.UNDECIDED and
         floor_level <= limit * FLOOR_SHARE else None,
     )  # fmt: skip
@@ -302,10 +311,10 @@ def _by_stratum(reference: Reference, candidate: Sequence[TokenDivergence]) -> l
     for i, strata in enumerate(reference.strata):
         for pair in strata.items():
             groups.setdefault(pair, []).append(i)
-    means = {m: _item_means(candidate, m) for m in METRICS}
+    means, tokens = {m: _item_means(candidate, m) for m in METRICS}, _num_tokens(candidate)
     return [
         {"stratum": name, "value": value, "num_requests": len(rows),
-         **{m: _finite(float(means[m][rows].mean())) for m in METRICS}}
+         **{m: _finite(float(np.average(means[m][rows], weights=tokens[rows]))) for m in METRICS}}
         for (name, value), rows in sorted(groups.items())
     ]  # fmt: skip
 

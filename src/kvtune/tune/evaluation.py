@@ -90,6 +90,18 @@ def plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (str, int, bool)) else str(value)
 
 
+def may_pass(quality: Mapping[str, Any]) -> bool:
+    """PASS, or UNDECIDED with every metric inside its margin: the larger confirmation set may settle it."""
+    if quality["verdict"] != Verdict.UNDECIDED.value:
+        return bool(quality["verdict"] == Verdict.PASS.value)
+    metrics = quality.get("metrics", {}).values()
+    return bool(metrics) and all(
+        m["more_requests"] is not None and m["excess"]["value"] <= m["margin"]
+        for m in metrics
+        if m["verdict"] != Verdict.PASS.value
+    )
+
+
 class Evaluator:
     """Measures configurations on the SEARCH half. Owns the verdicts known per combination of lossy knobs."""
 
@@ -236,7 +248,7 @@ class Evaluator:
         size = self._target.kv_bytes_per_token(config, context=self._settings.context)
         found.metrics = self._metrics(config, size)
         known = self.verdicts.get(self._space.read_key(config))
-        if known is not None and known["verdict"] != Verdict.PASS.value:
+        if known is not None and not may_pass(known):
             found.quality = known
             return Status.INFEASIBLE, f"{known['verdict']}: {known['reason']}"
         if not self.objective.can_beat(size, best):
@@ -249,7 +261,7 @@ class Evaluator:
             found.effective = _reported(running.effective)
             found.notes = _cancelled(config, running.effective)
             found.quality = self.quality_of(config, running)
-            if found.quality["verdict"] != Verdict.PASS.value:
+            if not may_pass(found.quality):
                 return Status.INFEASIBLE, f"{found.quality['verdict']}: {found.quality['reason']}"
             warmed(running, base.plan.long)
             for requests, compared in ((base.plan.short, base.short), (base.plan.long, base.long)):

@@ -39,8 +39,8 @@ class TuneSettings:
     latency_limit: float = 1.1
     """Largest TPOT and p95 TTFT ratio to the baseline, without an SLO."""
     replay: ReplaySettings = field(default_factory=ReplaySettings)
-    max_quality_requests: int = 48
-    max_confirm_requests: int = 128
+    max_quality_requests: int = 96
+    max_confirm_requests: int = 256
     """The confirmation decides, so it replays as many requests as its time allows, up to this."""
     max_load_requests: int = 32
     num_short_load: int = 8

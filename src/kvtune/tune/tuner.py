@@ -22,7 +22,7 @@ from kvtune.quality import Verdict
 from kvtune.recipe import canonical_json, write_atomically
 from kvtune.target import LoadRequest, Target
 from kvtune.tune.confirmation import Confirmation, Confirmed, candidate_s, reserve_s
-from kvtune.tune.evaluation import Evaluator, plain
+from kvtune.tune.evaluation import Evaluator, may_pass, plain
 from kvtune.tune.outcome import Outcome, is_better_confirmed
 from kvtune.tune.pace import Pace
 from kvtune.tune.settings import Progress, ProgressEvent, TuneResult, TuneSettings
@@ -247,7 +247,7 @@ class _Run:
             return
         for _, config in self._smaller_rungs(best.config):
             known = self._evaluator.verdicts.get(self._space.read_key(config))
-            if known is not None and known["verdict"] != Verdict.PASS.value:
+            if known is not None and not may_pass(known):
                 return
             cost = self._pace.cost_s("start") + self._pace.cost_s(
                 "replay", len(self._evaluator.baseline.reference.items)
@@ -317,9 +317,9 @@ class _Run:
         return self._space.label(config) == self._space.label(self._space.baseline)
 
     def _is_passing(self, config: Mapping[str, Any]) -> bool:
-        """Not known to fail the gate; unknown counts as passing, the confirmation will tell."""
+        """Not ruled out by the gate; unknown counts as passing, the confirmation will tell."""
         known = self._evaluator.verdicts.get(self._space.read_key(config))
-        return known is None or known["verdict"] == Verdict.PASS.value
+        return known is None or may_pass(known)
 
     def _confirm(self, confirmation: Confirmation) -> tuple[Confirmed | None, list[Confirmed]]:
         """The first candidate that stands and is worth it; the others with their reasons."""
