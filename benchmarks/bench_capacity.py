@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import sys
@@ -22,6 +23,8 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from kvtune import CacheConfig, Engine, EngineConfig, SamplingParams, SchedulerConfig
 from kvtune.config import format_bytes
@@ -117,7 +120,8 @@ def measure(
         blocks = probe.stats().blocks[0]
         held = fitting(requests, blocks.total, cache.block_size)
         alone = drive(probe, requests)  # all requests on this budget: bytes under pressure
-    ratio, runs = float("nan"), []
+    ratios: list[float] = []
+    runs: list[Run] = []
     reference_cache = CacheConfig(enable_prefix_caching=cache.enable_prefix_caching)
     ample = bf16_bytes(loaded, sum(len(r.prompt_token_ids) + r.max_tokens for r in requests)) * 5 // 4
     while held:
@@ -129,14 +133,15 @@ def measure(
         ):
             for _ in range(repeats):
                 pairs.append((drive(ours, chosen), drive(base, chosen)))
-        ratio = statistics.median(a.tpot_s / b.tpot_s for a, b in pairs)
+        ratios = [a.tpot_s / b.tpot_s for a, b in pairs]
         runs = [a for a, _ in pairs]
-        if ratio <= LIMIT and all(run.preemptions == 0 for run in runs):
+        if statistics.median(ratios) <= LIMIT and all(run.preemptions == 0 for run in runs):
             break
         held = min(held - 1, int(held * 0.9))
     return {
         "held": held,
-        "tpot_ratio_same_requests": ratio,
+        "tpot_ratio_same_requests": statistics.median(ratios) if ratios else None,
+        "tpot_ratio_spread": [min(ratios), max(ratios)] if ratios else None,
         "tpot_s": statistics.median(run.tpot_s for run in runs) if runs else None,
         "peak_running": max((run.peak_running for run in runs), default=0),
         "all_requests": asdict(alone),
@@ -159,9 +164,11 @@ def main() -> int:
         "--fixed-slots", type=int, default=4, help="the budget: this many full-length bf16 slots"
     )
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     length = args.max_model_len
+    torch.set_num_threads(args.threads)
     config = EngineConfig(max_model_len=length)
     loaded = load_model(args.model or demo_model_path(), config)
     workload = load_workload(args.trace, limit=4 * args.num_requests)
@@ -189,6 +196,7 @@ def main() -> int:
     }
     report = {
         "benchmark": "capacity",
+        "load_average": os.getloadavg()[0],
         "hardware": {
             "machine": platform.machine(),
             "processor": cpu_name(),
@@ -229,7 +237,8 @@ def show(report: dict[str, Any]) -> None:
     for name, row in schemes.items():
         under = row["all_requests"]
         sizes = [format_bytes(under[key]) for key in ("resident", "referenced", "idle")]
-        cells = [str(row["held"]), f"{row['tpot_ratio_same_requests']:.3f}", *sizes]
+        ratio = row["tpot_ratio_same_requests"]
+        cells = [str(row["held"]), "-" if ratio is None else f"{ratio:.3f}", *sizes]
         print(f"{name:28} {row['k_codec'] + '/' + row['v_codec']:10}" + "".join(f"{c:>12}" for c in cells))
     held = {name: max(1, row["held"]) for name, row in schemes.items()}
     over_fixed = held["recipe"] / held["fixed pre-allocation bf16"]
