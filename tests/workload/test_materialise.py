@@ -229,6 +229,20 @@ def test_without_a_tokenizer_text_is_rejected_and_token_ids_are_served():
     assert made.rejected[0].reason.startswith("no tokenizer")
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"messages": (Message("\ud800", "x"),)}, {"prompt": "x", "cache_salt": "\ud800"}, {"prompt": "\ud800"}],
+)
+def test_a_lone_surrogate_in_any_text_rejects_that_request_only(wrong):
+    good = WorkloadRequest(request_id="good", prompt="x")
+    made = materialise(
+        text_workload(good, WorkloadRequest(request_id="bad", **wrong)),
+        vocab_size=256, max_model_len=100, encode=utf8,
+    )  # fmt: skip
+    assert [r.reason.partition(":")[0] for r in made.rejected] == ["not Unicode text"]
+    assert len(made.requests) == 1
+
+
 def test_a_request_of_exactly_the_model_length_is_served():
     workload = text_workload(WorkloadRequest(request_id="", prompt="x" * 60, output_length=40))
     assert not materialise(workload, vocab_size=256, max_model_len=100, encode=utf8).rejected

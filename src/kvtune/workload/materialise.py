@@ -129,6 +129,7 @@ class _Plan:
         for name, value in (("output_length", request.output_length), ("max_tokens", request.max_tokens)):
             if value is not None and value <= 0:
                 raise _CannotServe(f"nothing to generate: {name} is {value}")
+        _check_unicode(request.cache_salt)
         prompt = self._prompt(request)
         return TokenRequest(
             request_id=request.request_id, arrival_s=request.arrival_s, prompt_token_ids=prompt,
@@ -159,7 +160,7 @@ class _Plan:
         try:
             return self.encode(request)
         except (UsageError, ValueError) as error:
-            raise _CannotServe(f"cannot be encoded: {ascii(str(error))[1:200]}") from error
+            raise _CannotServe(f"cannot be encoded: {ascii(str(error))[1:-1][:200]}") from error
 
     def _synthetic(self, request: WorkloadRequest) -> tuple[int, ...]:
         if not request.input_length or request.input_length < 0:
@@ -284,6 +285,10 @@ def _check_text(request: WorkloadRequest) -> None:
     texts = [message.content for message in request.messages] or [request.prompt or ""]
     if not any(texts):
         raise _CannotServe("empty prompt: the text has no character")
+    _check_unicode(*texts, *(message.role for message in request.messages))
+
+
+def _check_unicode(*texts: str) -> None:
     for text in texts:
         try:
             text.encode("utf-8")
