@@ -25,13 +25,17 @@ def prompt_encoder(folder: Path) -> Callable[[WorkloadRequest], list[int]] | Non
         transformers: Any = importlib.import_module("transformers")
     except ImportError:
         raise MissingExtraError(f"reading the tokenizer of {folder}", "engine") from None
+    wrong_config: type[Exception] = importlib.import_module("huggingface_hub.errors").StrictDataclassError
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError, wrong_config) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputFileError(f"cannot read the tokenizer in {folder}: {reason}") from error
+
+    # what templates raise by themselves: roles that do not alternate, no system message, wrong syntax
+    template_error: type[Exception] = importlib.import_module("jinja2.exceptions").TemplateError
 
     def encode(request: WorkloadRequest) -> list[int]:
         if not request.messages:
@@ -39,7 +43,11 @@ def prompt_encoder(folder: Path) -> Callable[[WorkloadRequest], list[int]] | Non
         if not tokenizer.chat_template:
             raise UsageError(f"{folder} has no chat template, so chat messages cannot be sent to it")
         messages = [{"role": m.role, "content": m.content} for m in request.messages]
-        found: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+        try:
+            found: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+        except (template_error, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise UsageError(f"the chat template refuses these messages: {reason}") from error
         if isinstance(found, Mapping):
             found = cast("Mapping[str, Any]", found)["input_ids"]
         return [int(token) for token in found]

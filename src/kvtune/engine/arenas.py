@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvtune.cache import KVCacheManager
-from kvtune.config import CacheConfig
+from kvtune.config import CacheConfig, format_bytes
 from kvtune.errors import UsageError
 from kvtune.kernels import LayerCache
 from kvtune.spec import (
@@ -89,7 +89,20 @@ def plan_arenas(
 
 
 def allocate_arenas(plan: ArenaPlan, cache: CacheConfig) -> dict[int, LayerCache]:
-    """One LayerCache per layer; memory is touched when blocks are first written."""
+    """One LayerCache per layer; memory is touched when blocks are first written.
+
+    UsageError where the machine does not give that much memory.
+    """
+    try:
+        return _allocate(plan, cache)
+    except (RuntimeError, MemoryError) as error:  # torch says RuntimeError
+        raise UsageError(
+            f"KV budget {format_bytes(plan.total_bytes)} cannot be allocated on this machine; "
+            "ask for less (`kvtune doctor` shows its memory)"
+        ) from error
+
+
+def _allocate(plan: ArenaPlan, cache: CacheConfig) -> dict[int, LayerCache]:
     caches: dict[int, LayerCache] = {}
     for group, count, first_count in zip(plan.groups, plan.num_blocks, plan.num_first_blocks, strict=True):
         for layer in group.layers:

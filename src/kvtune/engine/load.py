@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -40,6 +41,10 @@ SERVED_KINDS = frozenset({LayerKind.FULL, LayerKind.SLIDING})
 """Layer kinds the engine can hold; everything else is refused by name."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError,
+               StrictDataclassError)  # fmt: skip
+"""What Transformers raises over files that are damaged or do not belong together."""
+
 _CHUNK_BYTES = 1 << 22
 
 
@@ -153,13 +158,21 @@ def _read_weights(path: Path, dtype: str) -> PreTrainedModel:
                 trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
             )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except _UNREADABLE as error:
         raise InputFileError(f"Transformers cannot load {path}: {_first_line(error)}") from error
     model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:  # Transformers would run them with random values
         raise InputFileError(f"{path} lacks {len(missing)} weights, the first is {missing[0]}")
+    wrong = sorted(report["mismatched_keys"])
+    if wrong:
+        name, found, asked = wrong[0]
+        raise InputFileError(
+            f"{path}: weight {name} has shape {list(found)}, its config.json asks for {list(asked)}; "
+            "put back the config.json that belongs to these weights"
+        )
     return model
 
 
@@ -217,7 +230,7 @@ def _read_tokenizer(path: Path) -> TokenDecoder | None:
         return None
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except _UNREADABLE as error:
         raise InputFileError(f"cannot read the tokenizer in {path}: {_first_line(error)}") from error
     return cast(TokenDecoder, tokenizer)
 
