@@ -15,6 +15,7 @@ from typing import Any, Self
 from kvtune.errors import UsageError
 
 __all__ = [
+    "MAX_SEED",
     "CacheConfig",
     "EngineConfig",
     "SchedulerConfig",
@@ -30,6 +31,12 @@ _BYTE_UNITS = {
     "g": 10**9, "gb": 10**9, "gib": 2**30,
     "t": 10**12, "tb": 10**12, "tib": 2**40,
 }  # fmt: skip
+MAX_SEED = 2**64 - 1
+"""Seeds key 64-bit counter-based generators."""
+MAX_SECONDS = 10**8
+"""Three years."""
+MAX_BYTES = 2**60
+"""Beyond any machine; what is larger is a slip of the finger, or no number at all."""
 _TIME_UNITS = {"ms": 1e-3, "s": 1.0, "": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 
 
@@ -44,6 +51,8 @@ def parse_bytes(text: str | int) -> int:
         if match is None or match[2].lower() not in _BYTE_UNITS:
             raise UsageError(f"expected a size such as 512MiB, found {text!r}")
         value, unit = float(match[1]), match[2].lower()
+    if value * _BYTE_UNITS[unit] > MAX_BYTES:
+        raise UsageError(f"expected a size of at most {format_bytes(MAX_BYTES)}, found {str(text)[:40]!r}")
     size = int(value * _BYTE_UNITS[unit])
     if size <= 0:
         raise UsageError(f"expected a size above zero, found {text!r}")
@@ -63,8 +72,11 @@ def parse_duration(text: str | float) -> float:
     """`"5m"`, `"300ms"`, `"90"` -> seconds. Raises UsageError on anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(text).lower())
     if match is None or match[2] not in _TIME_UNITS or float(match[1]) <= 0:
-        raise UsageError(f"expected a duration such as 5m or 300ms, found {text!r}")
-    return float(match[1]) * _TIME_UNITS[match[2]]
+        raise UsageError(f"expected a duration such as 5m or 300ms, above zero, found {str(text)[:40]!r}")
+    seconds = float(match[1]) * _TIME_UNITS[match[2]]
+    if seconds > MAX_SECONDS:
+        raise UsageError(f"expected a duration of at most {MAX_SECONDS:,} s, found {str(text)[:40]!r}")
+    return seconds
 
 
 def _knob(default: Any, help: str, **meta: Any) -> Any:  # noqa: A002

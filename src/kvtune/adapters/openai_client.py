@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 from kvtune.errors import MissingExtraError, TargetError, UsageError
 
@@ -159,6 +160,17 @@ def error_text(body: Any) -> str:
     return " ".join(str(found).split())[:MAX_ERROR_CHARS]
 
 
+def _is_server_url(url: str) -> bool:
+    """http(s), a host, a port that exists, and nothing a URL cannot hold."""
+    try:
+        parts = urlsplit(url)
+        has_port = parts.port is None or parts.port > 0
+    except ValueError:  # the port is no number or beyond 65535, or a bracket is missing
+        return False
+    is_plain = url.isascii() and url.isprintable() and " " not in url
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and has_port and is_plain
+
+
 class CompletionsClient:
     """Talks to one server. `base_url` without `/v1`; raises UsageError when it is not an http(s) URL."""
 
@@ -171,7 +183,7 @@ class CompletionsClient:
         idle_timeout_s: float = IDLE_TIMEOUT_S,
     ) -> None:
         trimmed = base_url.rstrip("/").removesuffix("/v1")
-        if not trimmed.startswith(("http://", "https://")):
+        if not _is_server_url(trimmed):
             raise UsageError(f"expected a server URL such as http://127.0.0.1:8000, found {base_url!r}")
         self.base_url = trimmed
         self._clock = clock

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvtune.config import MAX_SEED
 from kvtune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -61,7 +63,9 @@ def bench(
     scale: Annotated[float, typer.Option(help="Shrink a trace's recorded lengths by this factor.")] = 1.0,
     ignore_eos: Annotated[bool, typer.Option(help="Ask the server to go on after the end token.")] = False,
     deadline: Annotated[str | None, typer.Option(help="Stop after this long, for example 5m.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of arrival times and synthetic tokens.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Seed of arrival times and synthetic tokens.")
+    ] = 0,
     save: Annotated[
         Path | None, typer.Option("--save", help="Also write the result, with every request.")
     ] = None,
@@ -79,6 +83,8 @@ def bench(
     if url is not None and recipe is not None:
         raise UsageError("--url measures a server as it runs; --recipe builds an engine in process: give one")
     deadline_s = None if deadline is None else parse_duration(deadline)
+    if save is not None and (save.is_dir() or not os.access(save.parent, os.W_OK)):
+        raise UsageError(f"cannot write --save {save}: give a file in a folder that exists and is writable")
     requests = _timed(
         load_workload(workload, trace_block_size=trace_block_size),
         num_prompts,
@@ -133,8 +139,8 @@ def _timed(
 
     if rate is not None and not rate > 0:
         raise UsageError(f"--request-rate must be above zero, found {rate}")
-    if not burstiness > 0:
-        raise UsageError(f"--burstiness must be above zero, found {burstiness}")
+    if not 0 < burstiness < math.inf:
+        raise UsageError(f"--burstiness must be above zero and finite, found {burstiness}")
     chosen = workload.requests[:num_prompts]
     if rate is not None:
         times = arrivals_at_rate(len(chosen), rate, burstiness=burstiness, rng=np.random.default_rng(seed))

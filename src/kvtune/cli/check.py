@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvtune.config import EngineConfig
+from kvtune.config import MAX_SEED, EngineConfig
 from kvtune.errors import UsageError
 
 __all__ = ["check"]
@@ -25,7 +25,9 @@ def check(
         int | None, typer.Option(help="Prompt tokens per hash id of a trace.")
     ] = None,
     scale: Annotated[float, typer.Option(help="Shrink a trace's recorded lengths by this factor.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the choice of requests and of the statistics.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Seed of the choice of requests and of the statistics.")
+    ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> int:
     """Replay requests under a recipe and under its baseline; exit 0 on PASS, 1 on any other verdict."""
