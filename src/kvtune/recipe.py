@@ -59,13 +59,14 @@ def write_atomically(path: Path, text: str) -> None:
     """Write `text` so that a reader sees the old file or the whole new one, also after a power cut.
 
     Temporary file in the same folder, fsync, rename, fsync of the folder. UsageError if not writable.
+    UTF-8; a lone surrogate (a request's name may hold one) is written as its escape.
     """
     try:
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror or error}; choose another folder") from error
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -77,20 +77,13 @@ def _machine(host: Host) -> list[Finding]:
     if host.memory_bytes is not None and host.available_memory_bytes is not None:
         total, free = format_bytes(host.memory_bytes), format_bytes(host.available_memory_bytes)
         memory = f"{total}, {free} available"
-    disk = shutil.disk_usage(Path.cwd())
-    is_low = disk.free < LOW_DISK_BYTES
     gpu_fix = "plan and tune on the CPU; for GPU figures run kvtune where the GPU is"
     return [
         Finding(name="python", status="ok", found=f"{platform.python_version()} on {host.system}"),
         Finding(name="cpu", status="ok", found=f"{host.cpu}, {host.num_cpus} usable cores"),
         Finding(name="instructions", status="ok", found=", ".join(host.isa) or "none that kernels use"),
         Finding(name="memory", status="ok", found=memory),
-        Finding(
-            name="disk",
-            status="note" if is_low else "ok",
-            found=f"{format_bytes(disk.free)} free in {Path.cwd()}",
-            fix="free some space, or pass --out on another disk" if is_low else None,
-        ),
+        _disk(),
         Finding(
             name="gpu",
             status="ok" if host.gpus else "note",
@@ -98,6 +91,26 @@ def _machine(host: Host) -> list[Finding]:
             fix=None if host.gpus else gpu_fix,
         ),
     ]
+
+
+def _disk() -> Finding:
+    from kvtune.config import format_bytes
+
+    try:
+        folder = Path.cwd()
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        return Finding(
+            name="disk", status="note", found=f"no current folder: {error.strerror or error}",
+            fix="cd into a folder that exists; runs write their results there",
+        )  # fmt: skip
+    is_low = free < LOW_DISK_BYTES
+    return Finding(
+        name="disk",
+        status="note" if is_low else "ok",
+        found=f"{format_bytes(free)} free in {folder}",
+        fix="free some space, or pass --out on another disk" if is_low else None,
+    )
 
 
 def _packages() -> list[Finding]:

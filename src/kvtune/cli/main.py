@@ -7,7 +7,9 @@ Exit codes: 0 ok, 1 the gate said no, 2 bad usage or input, 3 environment, 130 i
 from __future__ import annotations
 
 import importlib
+import io
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -16,7 +18,7 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 from kvtune._version import __version__
-from kvtune.errors import KVTuneError
+from kvtune.errors import HostError, KVTuneError
 
 VERBS = {
     "plan": "size a model's KV cache exactly: bytes per token, capacity",
@@ -34,7 +36,6 @@ def build_app(verbs: Sequence[str]) -> typer.Typer:
     """The typer application holding just `verbs`."""
     app = typer.Typer(
         name="kvtune",
-        no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
     )
@@ -61,27 +62,65 @@ def _print_version(asked: bool) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    args = list(sys.argv[1:] if argv is None else argv)
-    asked = next((arg for arg in args if not arg.startswith("-")), None)
+    args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    as_json = "--json" in args
     try:
-        app = build_app([asked] if asked in VERBS else list(VERBS))
-        code = app(args, standalone_mode=False, prog_name="kvtune")
-    except KVTuneError as error:
-        return _fail(str(error), error.exit_code, as_json="--json" in args)
-    except TyperException as error:
-        describe = getattr(error, "format_message", None)  # click's errors have it, typer's root does not
-        return _fail(str(error) if describe is None else describe(), 2, as_json="--json" in args)
-    except (KeyboardInterrupt, Abort):
-        print("kvtune: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
+        try:
+            return _run(args)
+        except KVTuneError as error:
+            return _fail(f"error: {error}", error.exit_code, as_json=as_json)
+        except TyperException as error:
+            return _fail(f"error: {_usage_problem(error, args)}", 2, as_json=as_json)
+        except (KeyboardInterrupt, Abort) as interruption:
+            return _fail(str(interruption) or "interrupted", 130, as_json=as_json)
+    except (BrokenPipeError, SystemExit):  # SystemExit: what rich makes of a closed stdout
+        _discard_output()
         return 141
+    except OSError as error:  # a full disk, a removed folder: the machine, not the request
+        _discard_output()
+        return _fail(f"error: {error}", HostError.exit_code, as_json=False)
+
+
+def _run(args: Sequence[str]) -> int:
+    """Run the verb with its output flushed, so that what fails at flushing fails in here.
+
+    Not `app(...)`: that turns Ctrl-C into a silent exit and a closed stdout into the gate's exit code.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may hold bytes that are no text
+    asked = _verb(args)
+    command = typer.main.get_command(build_app(list(VERBS) if asked is None else [asked]))
+    try:
+        with command.make_context("kvtune", list(args)) as context:
+            code = command.invoke(context)
+    except typer.Exit as ending:
+        code = ending.exit_code
+    if sys.stdout is not None:  # None where the shell closed it: `>&-`
+        sys.stdout.flush()
     return code if isinstance(code, int) else 0
+
+
+def _verb(args: Sequence[str]) -> str | None:
+    first = next((arg for arg in args if not arg.startswith("-")), None)
+    return first if first in VERBS else None
+
+
+def _usage_problem(error: TyperException, args: Sequence[str]) -> str:
+    describe = getattr(error, "format_message", None)  # click's errors have it, typer's root does not
+    text = " ".join((str(error) if describe is None else describe()).split()).rstrip(".")
+    words = ["kvtune", _verb(args), "--help"]
+    return f"{text}; see `{' '.join(word for word in words if word)}`"
+
+
+def _discard_output() -> None:
+    """Nothing more can be written: keep the interpreter from trying once more at exit, and complaining."""
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123  # lives until exit
 
 
 def _fail(message: str, exit_code: int, *, as_json: bool) -> int:
     line = " ".join(message.split())
     if as_json:
-        print(json.dumps({"error": {"message": line, "exit_code": exit_code}}))
-    print(f"kvtune: error: {line}", file=sys.stderr)
+        problem = line.removeprefix("error: ")
+        print(json.dumps({"error": {"message": problem, "exit_code": exit_code}}), flush=True)
+    print(f"kvtune: {line}", file=sys.stderr)
     return exit_code

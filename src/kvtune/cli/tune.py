@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvtune.config import EngineConfig, format_bytes, parse_bytes, parse_duration
+from kvtune.config import MAX_SEED, EngineConfig, format_bytes, parse_bytes, parse_duration
 from kvtune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def tune(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of kvtune's engine; default torch's, 1 for --demo.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of split, search and statistics.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of split, search and statistics.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> int:
     """Find the smallest KV cache that serves your requests without hurting the answers, and prove it."""
@@ -77,7 +77,7 @@ def tune(
     if demo and threads is None:
         threads = 1  # the model is small, and one thread is not stalled by whatever else this machine does
     settings = TuneSettings(
-        budget_s=parse_duration(budget or (DEMO_BUDGET if demo else DEFAULT_BUDGET)),
+        budget_s=parse_duration((DEMO_BUDGET if demo else DEFAULT_BUDGET) if budget is None else budget),
         margin=margin_named(margin).name, slo=None if slo is None else parse_slo(slo),
         kv_budget_bytes=parse_bytes(kv_budget), seed=seed, resume=resume,
         engine={"dtype": dtype, "max_model_len": max_model_len, "num_threads": threads},
@@ -101,10 +101,7 @@ def tune(
         try:
             result = run(target, tokens.requests, settings, folder, progress=progress)
         except KeyboardInterrupt:
-            progress.close()
-            resumed = settings.command if resume else f"{settings.command} --resume"
-            typer.echo(f"kvtune: interrupted; continue with: {resumed}", err=True)
-            return 130
+            raise KeyboardInterrupt(_interrupted(folder, settings.command)) from None
     write_atomically(folder / "report.html", render(result.record))
     print(json.dumps(result.record, allow_nan=False) if as_json else _as_text(result.record, folder))
     return 0
@@ -189,6 +186,13 @@ def _facts(workload: Workload, tokens: Materialised) -> dict[str, Any]:
         "sha256": workload.sha256, "scale": tokens.scale, "num_rejected": len(tokens.rejected),
         "notes": [*workload.notes, *tokens.notes],
     }  # fmt: skip
+
+
+def _interrupted(folder: Path, command: str) -> str:
+    """What to type next; before the study began there is nothing to continue."""
+    from kvtune.tune import has_study
+
+    return f"interrupted; continue with: {command} --resume" if has_study(folder) else "interrupted"
 
 
 def _command(model: Path | None, workload: Path | None, *, demo: bool, **flags: Any) -> str:

@@ -6,7 +6,7 @@
 from kvtune.tune.loads import choose_for_quality
 from kvtune.tune.settings import Progress, ProgressEvent, TuneResult, TuneSettings, parse_slo
 from kvtune.tune.space import SearchSpace
-from kvtune.tune.study import check_output
+from kvtune.tune.study import check_output, has_study
 from kvtune.tune.tuner import run
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "TuneSettings",
     "check_output",
     "choose_for_quality",
+    "has_study",
     "parse_slo",
     "run",
 ]

@@ -18,7 +18,7 @@ from kvtune.errors import MissingExtraError, UsageError
 from kvtune.tune.space import SearchSpace
 from kvtune.tune.trial import Status, Trial
 
-__all__ = ["Study", "check_output", "locked_folder"]
+__all__ = ["Study", "check_output", "has_study", "locked_folder"]
 
 JOURNAL = "study.journal"
 NAME = "kvtune"
@@ -60,6 +60,11 @@ def check_output(folder: Path, *, resume: bool) -> None:
             folder.rmdir()
 
 
+def has_study(folder: Path) -> bool:
+    """Whether `folder` holds a study that `resume` would continue."""
+    return (folder / JOURNAL).exists()
+
+
 class Study:
     """Trials of one run. `open` continues a journal or starts one; `ask` and `tell` alternate."""
 
@@ -86,7 +91,8 @@ class Study:
         names = {s.study_name for s in storage.get_all_studies()}
         done = len(storage.get_all_trials(storage.get_study_id_from_name(NAME))) if NAME in names else 0
         sampler = optuna.samplers.TPESampler(
-            seed=seed + done,  # a resumed run must not propose what the first one began with
+            # a resumed run must not propose what the first one began with; Optuna's seeds have 32 bit
+            seed=(seed + done) % 2**32,
             n_startup_trials=STARTUP_TRIALS,
         )
         study = optuna.create_study(
