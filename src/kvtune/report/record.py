@@ -140,6 +140,23 @@ def unit_of(metric: str) -> str:
     return ""
 
 
+_LABELS = {
+    "kv_bytes_per_token": "KV bytes per token", "requests_held": "requests held", "tpot_s": "TPOT",
+    "ttft_s": "TTFT", "itl_s": "ITL", "e2e_s": "end to end", "kl": "KL", "flips": "top-1 flips",
+    "delta_nll": "delta NLL", "num_slo_met": "requests within SLO", "num_requests": "requests",
+    "num_failed": "failed requests", "duration_s": "duration", "output_tokens_per_s": "output tokens per s",
+    "num_cached_tokens": "cached prompt tokens",
+}  # fmt: skip
+
+
+def metric_label(name: str) -> str:
+    """A metric's name for people: `ttft_s.p95` is TTFT p95, `decode_kl` KL by decoding."""
+    if name.startswith("decode_"):
+        return f"{metric_label(name.removeprefix('decode_'))} by decoding"
+    stem, _, statistic = name.partition(".")
+    return f"{_LABELS.get(stem, stem)} {statistic}".rstrip()
+
+
 def short_config(config: Any) -> str:
     """A configuration in a few characters for a figure: its K and V codecs or its one KV dtype."""
     fields = as_mapping(config)

@@ -27,7 +27,17 @@ from kvtune.report.blocks import (
     figure_cell,
     verdict_cell,
 )
-from kvtune.report.record import as_mapping, as_sequence, figure, find, number, show, show_number, unit_of
+from kvtune.report.record import (
+    as_mapping,
+    as_sequence,
+    figure,
+    find,
+    metric_label,
+    number,
+    show,
+    show_number,
+    unit_of,
+)
 from kvtune.report.trials import trials_section
 
 BYTES = "kv_bytes_per_token"
@@ -49,7 +59,8 @@ def report_title(result: Mapping[str, Any]) -> str:
         result, "identity.model.name", "identity.model.repo", "identity.model.path", "model.path", "model"
     )
     name = model if isinstance(model, str) else record.NOT_RECORDED
-    return f"{name.rstrip('/').rsplit('/', 1)[-1]}: {show(find(result, 'quality.verdict'))}"
+    tail = "/".join(name.rstrip("/").rsplit("/", 2)[-2:])  # the last folder alone is often just "model"
+    return f"{tail}: {show(find(result, 'quality.verdict'))}"
 
 
 def sections(result: Mapping[str, Any]) -> tuple[Section, ...]:
@@ -98,6 +109,7 @@ def _decision(result: Mapping[str, Any]) -> Section:
     reason = find(result, "quality.reason")
     blocks.append(Paragraph(f"Why: {show(reason)}"))
     blocks += [Paragraph(str(note), "warn") for note in as_sequence(find(result, "quality.notes"))]
+    blocks += _speed(result)
     blocks += _worse(result)
     configuration = Facts(
         (
@@ -152,7 +164,16 @@ def _held_card(result: Mapping[str, Any]) -> Cell:
     )
     if before.value is None and after.value is None:
         return cell(None, test_id="held-winner")
-    return Cell(f"{show(after.value)} (baseline {show(before.value)})", after.value, "held-winner")
+    held, instead = (show(None if side.value is None else int(side.value)) for side in (after, before))
+    return Cell(f"{held} (baseline {instead})", after.value, "held-winner")
+
+
+def _speed(result: Mapping[str, Any]) -> list[Block]:
+    """Speed that was not decided, said as plainly as quality that was not."""
+    if find(result, "speed_verdict") != "UNDECIDED":
+        return []
+    text = "Speed is UNDECIDED: the ratios lie within the limit, their upper bounds do not. Repeat it on a "
+    return [Paragraph(text + "quieter machine or with a larger budget.", "warn")]
 
 
 def _worse(result: Mapping[str, Any]) -> list[Block]:
@@ -165,9 +186,8 @@ def _worse(result: Mapping[str, Any]) -> list[Block]:
             and ratio is not None
             and _tone_of(metric, ratio) == "bad"
         ):
-            lines.append(
-                f"{metric} is {show_number(ratio)}x the baseline's ({record.show_interval(figure(entry))})"
-            )
+            interval = record.show_interval(figure(entry))
+            lines.append(f"{metric_label(metric)} is {show_number(ratio)}x the baseline's ({interval})")
     if not lines:
         return (
             [Paragraph("No recorded metric got significantly worse than the baseline's.")]
@@ -204,11 +224,16 @@ def _comparison_row(result: Mapping[str, Any], name: str, gain: Any) -> tuple[Ce
     unit = unit_of(name.partition(".")[0])
     shown = figure(gain)
     reading, tone = _reading(name, gain)
+    sides = [_metric(result, side, name) for side in ("baseline", "winner")]
+    is_ratio_only = all(side.value is None for side in sides)
+    cells = [
+        Cell("-") if is_ratio_only else figure_cell(side, unit, test_id=f"{which}.{name}")
+        for side, which in zip(sides, ("baseline", "winner"), strict=True)
+    ]
     return (
-        Cell(name),
-        figure_cell(_metric(result, "baseline", name), unit, test_id=f"baseline.{name}"),
-        figure_cell(_metric(result, "winner", name), unit, test_id=f"winner.{name}"),
-        figure_cell(shown, test_id=f"gain.{name}"),
+        Cell(metric_label(name)),
+        *cells,
+        Cell("-") if gain is None else figure_cell(shown, test_id=f"gain.{name}"),
         Cell(reading, test_id=f"reading.{name}", tone=tone),
     )
 
@@ -240,7 +265,8 @@ def _gain_interval(name: str, entry: Any) -> Interval | None:
     low = shown.value if shown.low is None else shown.low
     high = shown.value if shown.high is None else shown.high
     reading, tone = _reading(name, entry)
-    return Interval(name, low, shown.value, high, tone, f"{name}: {figure_cell(shown).text} {reading}")
+    label = metric_label(name)
+    return Interval(label, low, shown.value, high, tone, f"{label}: {figure_cell(shown).text} {reading}")
 
 
 def _metric(result: Mapping[str, Any], side: str, name: str) -> record.Figure:
@@ -306,7 +332,7 @@ def _kl_method(quality: Mapping[str, Any]) -> str | None:
 
 def _quality_row(name: str, entry: Mapping[str, Any]) -> tuple[Cell, ...]:
     return (
-        Cell(name),
+        Cell(metric_label(name)),
         figure_cell(figure(find(entry, "excess") or entry), test_id=f"quality.{name}"),
         cell(number(entry.get("floor"))),
         cell(number(entry.get("margin")), test_id=f"margin.{name}"),
@@ -320,8 +346,9 @@ def _margin_interval(name: str, entry: Mapping[str, Any]) -> Interval | None:
         return None
     low = shown.value if shown.low is None else shown.low
     tone = VERDICT_TONES.get(str(entry.get("verdict")), "")
-    note = f"{name}: {figure_cell(shown).text}, margin {show(margin)}"
-    return Interval(name, low / margin, shown.value / margin, shown.high / margin, tone, note)
+    label = metric_label(name)
+    note = f"{label}: {figure_cell(shown).text}, margin {show(margin)}"
+    return Interval(label, low / margin, shown.value / margin, shown.high / margin, tone, note)
 
 
 def _strata(quality: Mapping[str, Any]) -> tuple[Block, ...]:

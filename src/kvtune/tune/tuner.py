@@ -35,7 +35,7 @@ __all__ = ["run"]
 
 T = TypeVar("T")
 
-OUTPUTS = ("result.json", "recipe.json", "trials.jsonl", "confirmation.jsonl", "report.html")
+OUTPUTS = ("result.json", "recipe.json", "trials.jsonl", "confirmation.jsonl", "report.html", "report.md")
 LADDER_SHARE = 0.5
 """Once each combination of lossy knobs is judged, what is left are ties: a sharper verdict is worth more."""
 PROPOSALS = 6
