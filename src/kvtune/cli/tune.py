@@ -70,7 +70,7 @@ def tune(
     """Find the smallest KV cache that serves your requests without hurting the answers, and prove it."""
     from kvtune.quality import ReplaySettings, margin_named
     from kvtune.recipe import write_atomically
-    from kvtune.report import render
+    from kvtune.report import render, render_markdown
     from kvtune.tune import TuneSettings, check_output, parse_slo, run
 
     folder = out or Path("kvtune-demo" if demo else "kvtune-out")
@@ -103,6 +103,7 @@ def tune(
         except KeyboardInterrupt:
             raise KeyboardInterrupt(_interrupted(folder, settings.command)) from None
     write_atomically(folder / "report.html", render(result.record))
+    write_atomically(folder / "report.md", render_markdown(result.record))
     print(json.dumps(result.record, allow_nan=False) if as_json else _as_text(result.record, folder))
     return 0
 
