@@ -139,7 +139,7 @@ def _sentence(result: Mapping[str, Any], saved: float | None) -> str:
     name = record.short_config(find(result, "winner.config"))
     if find(result, "winner.config") is None:
         return "No winner is recorded."
-    effect = "" if saved is None else f": {_saved_text(saved)} than the baseline"
+    effect = "" if saved is None else f": {_saved_text(saved)} KV bytes than the baseline"
     return f"Use {name}{effect}. The quality gate says {show(find(result, 'quality.verdict'))}."
 
 
