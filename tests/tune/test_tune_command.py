@@ -89,6 +89,18 @@ def test_an_interrupt_exits_130_and_says_how_to_resume(
     assert main([*asked, "--resume"]) == 0
 
 
+@pytest.mark.parametrize("garbage", [b"\xff\n", b"{}\n", b"[]\n", b'{"a": 1}\n', b"not json\n"])
+def test_a_damaged_journal_is_refused_before_the_engine_starts(
+    target: Any, model: Path, trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], garbage: bytes
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "study.journal").write_bytes(garbage)
+    assert main([*arguments(model, trace, out), "--resume"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "damaged" in error and "another --out" in error and target.starts == []
+
+
 @pytest.mark.parametrize(
     ("extra", "said"),
     [

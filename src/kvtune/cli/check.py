@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
 from kvtune.config import MAX_SEED, EngineConfig
-from kvtune.errors import UsageError
+from kvtune.errors import InputFileError, UsageError
 
 __all__ = ["check"]
 
@@ -40,6 +40,8 @@ def check(
     from kvtune.tune import SearchSpace, choose_for_quality
 
     found = Recipe.load(recipe)
+    baseline = _member(found.baseline, "baseline", "configuration")
+    margin = margin_named(str(_member(found.provenance, "provenance", "margin").get("name")))
     requests = read_workload(workload, demo=False, seed=seed, block_size=trace_block_size, limit=None)
     folder = Path(str(found.model.get("path", "")))
     if not folder.is_dir():
@@ -53,7 +55,7 @@ def check(
     settings = ReplaySettings()
     if target.name == "vllm":
         settings = ReplaySettings(num_decode=0, max_top=VLLM_TOP)
-    with target.start(found.baseline["configuration"], kv_budget_bytes=budget_bytes) as running:
+    with target.start(baseline, kv_budget_bytes=budget_bytes) as running:
         reference = record_reference(
             running, choose_for_quality(tokens.requests, num_requests, rng), settings,
             is_synthetic_text=tokens.is_synthetic_text,
@@ -62,7 +64,7 @@ def check(
         scores = replay(running, reference)
         decoded = replay_decode(running, reference.items, reference.decode_items, num_top=reference.num_top)
     verdict = judge(
-        reference, scores, margin=margin_named(str(found.provenance["margin"]["name"])), rng=rng,
+        reference, scores, margin=margin, rng=rng,
         is_lossy=SearchSpace(target.knobs()).is_lossy(found.knobs), decode_scores=decoded or None,
     ).to_dict()  # fmt: skip
     record = {
@@ -71,6 +73,16 @@ def check(
     }  # fmt: skip
     print(json.dumps(record, allow_nan=False) if as_json else _as_text(record))
     return 0 if record["verdict"] == "PASS" and not record["voided"] else 1
+
+
+def _member(section: Any, name: str, member: str) -> dict[str, Any]:
+    """What a recipe must say to be judged again."""
+    found = section.get(member)
+    if not isinstance(found, dict):
+        raise InputFileError(
+            f"the recipe lacks {name}.{member}, so it cannot be judged; run `kvtune tune` again"
+        )
+    return cast("dict[str, Any]", found)
 
 
 def _voided(then: Any, now: Any) -> list[str]:

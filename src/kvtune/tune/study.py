@@ -85,19 +85,10 @@ class Study:
             _drop_half_line(path)
         else:
             path.unlink(missing_ok=True)
-        storage = optuna.storages.JournalStorage(
-            optuna.storages.journal.JournalFileBackend(str(path), lock_obj=_HeldByFolder())
-        )
-        names = {s.study_name for s in storage.get_all_studies()}
-        done = len(storage.get_all_trials(storage.get_study_id_from_name(NAME))) if NAME in names else 0
-        sampler = optuna.samplers.TPESampler(
-            # a resumed run must not propose what the first one began with; Optuna's seeds have 32 bit
-            seed=(seed + done) % 2**32,
-            n_startup_trials=STARTUP_TRIALS,
-        )
-        study = optuna.create_study(
-            storage=storage, study_name=NAME, sampler=sampler, direction="minimize", load_if_exists=True
-        )
+        with _undamaged(path):
+            study = _load(optuna, path, seed)
+            found = cls(study, space)
+            found.trials()
         known = study.user_attrs.get(_FINGERPRINT)
         if known not in (None, fingerprint):
             raise UsageError(
@@ -105,9 +96,8 @@ class Study:
                 "repeat its command or choose another --out"
             )
         study.set_user_attr(_FINGERPRINT, fingerprint)
-        self = cls(study, space)
-        self._requeue_interrupted(optuna)
-        return self
+        found._requeue_interrupted(optuna)
+        return found
 
     def _requeue_interrupted(self, optuna: Any) -> None:
         running = optuna.trial.TrialState.RUNNING
@@ -152,6 +142,35 @@ class Study:
         else:
             open_trial.set_constraint("feasible", -1.0 if trial.status is Status.COMPLETE else 1.0)
             self._study.tell(open_trial, value)
+
+
+def _load(optuna: Any, path: Path, seed: int) -> Any:
+    """The Optuna study that the journal holds, or a new one."""
+    storage = optuna.storages.JournalStorage(
+        optuna.storages.journal.JournalFileBackend(str(path), lock_obj=_HeldByFolder())
+    )
+    names = {s.study_name for s in storage.get_all_studies()}
+    done = len(storage.get_all_trials(storage.get_study_id_from_name(NAME))) if NAME in names else 0
+    sampler = optuna.samplers.TPESampler(
+        # a resumed run must not propose what the first one began with; Optuna's seeds have 32 bit
+        seed=(seed + done) % 2**32,
+        n_startup_trials=STARTUP_TRIALS,
+    )
+    return optuna.create_study(
+        storage=storage, study_name=NAME, sampler=sampler, direction="minimize", load_if_exists=True
+    )
+
+
+@contextlib.contextmanager
+def _undamaged(path: Path) -> Generator[None]:
+    """What Optuna and we raise over a journal that something else wrote into, as one UsageError."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, AssertionError) as error:
+        raise UsageError(
+            f"the study in {path} is damaged ({type(error).__name__}) and cannot be resumed; "
+            "remove the file or choose another --out"
+        ) from error
 
 
 def _check_resumable(folder: Path, path: Path, *, resume: bool) -> None:
