@@ -145,6 +145,21 @@ def test_a_config_that_is_not_of_these_weights_is_refused_by_name(
             prompt_encoder(folder)
 
 
+def test_a_recipe_that_lacks_what_it_was_judged_by_is_refused_by_check(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from kvtune.recipe import Recipe
+
+    sections = ("model", "engine", "hardware", "workload", "evidence", "fallback")
+    recipe = Recipe(
+        **{name: {"name": "kvtune"} for name in sections}, baseline={"configuration": {}},
+        configuration={name: {} for name in ("knobs", "cache", "scheduler", "engine")},
+        quality={"verdict": "PASS"}, read_contract="T0", kernel="native", codec_constants_sha256="",
+    ).save(tmp_path / "recipe.json")  # fmt: skip
+    asked = ["check", "--recipe", str(recipe), "--workload", str(workload(tmp_path / "w.jsonl"))]
+    assert "provenance.margin" in said(capsys, asked)
+
+
 def test_a_request_name_that_is_no_unicode_reaches_the_report(tmp_path: Path) -> None:
     from kvtune.recipe import write_atomically
 
@@ -176,6 +191,18 @@ def test_a_full_disk_is_one_line_and_exit_3() -> None:
             )  # fmt: skip
             assert result.returncode == 3 and result.stderr.count("\n") == 1
             assert "No space left" in result.stderr
+
+
+def test_a_file_that_cannot_be_replaced_is_one_object_and_exit_3(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(_: object) -> None:
+        raise IsADirectoryError(21, "Is a directory", "report.html")
+
+    monkeypatch.setattr("kvtune.workload.workload_statistics", refuse)
+    assert main(["trace", str(workload(tmp_path / "w.jsonl")), "--json"]) == 3
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["error"]["exit_code"] == 3 and "report.html" in shown.err
 
 
 def test_a_closed_stdout_is_not_the_exit_code_of_the_gate() -> None:

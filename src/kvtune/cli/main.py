@@ -6,6 +6,7 @@ Exit codes: 0 ok, 1 the gate said no, 2 bad usage or input, 3 environment, 130 i
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import json
@@ -77,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _discard_output()
         return 141
     except OSError as error:  # a full disk, a removed folder: the machine, not the request
+        with contextlib.suppress(OSError):  # stdout itself may be what failed
+            _print_problem(str(error), HostError.exit_code, as_json=as_json)
         _discard_output()
         return _fail(f"error: {error}", HostError.exit_code, as_json=False)
 
@@ -119,8 +122,11 @@ def _discard_output() -> None:
 
 def _fail(message: str, exit_code: int, *, as_json: bool) -> int:
     line = " ".join(message.split())
-    if as_json:
-        problem = line.removeprefix("error: ")
-        print(json.dumps({"error": {"message": problem, "exit_code": exit_code}}), flush=True)
+    _print_problem(line.removeprefix("error: "), exit_code, as_json=as_json)
     print(f"kvtune: {line}", file=sys.stderr)
     return exit_code
+
+
+def _print_problem(message: str, exit_code: int, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"error": {"message": message, "exit_code": exit_code}}), flush=True)
