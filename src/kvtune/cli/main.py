@@ -10,7 +10,6 @@ import contextlib
 import importlib
 import io
 import json
-import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -117,7 +116,7 @@ def _usage_problem(error: TyperException, args: Sequence[str]) -> str:
 
 def _discard_output() -> None:
     """Nothing more can be written: keep the interpreter from trying once more at exit, and complaining."""
-    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123  # lives until exit
+    sys.stdout = io.StringIO()
 
 
 def _fail(message: str, exit_code: int, *, as_json: bool) -> int:
