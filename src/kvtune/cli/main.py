@@ -116,7 +116,8 @@ def _usage_problem(error: TyperException, args: Sequence[str]) -> str:
 
 def _discard_output() -> None:
     """Nothing more can be written: keep the interpreter from trying once more at exit, and complaining."""
-    sys.stdout = io.StringIO()
+    if sys.stdout is sys.__stdout__:  # a caller's own stream stays in its place
+        sys.stdout = io.StringIO()
 
 
 def _fail(message: str, exit_code: int, *, as_json: bool) -> int:
