@@ -262,7 +262,9 @@ def test_ctrl_c_also_in_a_resumed_run_names_the_command_that_resumes(tmp_path: P
 
 def test_ctrl_c_before_the_study_began_leaves_nothing_and_promises_nothing(tmp_path: Path) -> None:
     process = tuning(tmp_path)
-    time.sleep(0.6)
+    mapped = Path(f"/proc/{process.pid}/maps")
+    while "libtorch" not in mapped.read_text():  # the command runs, and is still importing its engine
+        time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130 and "--resume" not in error and not (tmp_path / "out").exists()
