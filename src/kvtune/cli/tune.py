@@ -76,15 +76,18 @@ def tune(
     folder = out or Path("kvtune-demo" if demo else "kvtune-out")
     if demo and threads is None:
         threads = 1  # the model is small, and one thread is not stalled by whatever else this machine does
+    # With equal row counts, products in float32 on one thread give a row the same bits in any batch: what is
+    # recorded here is reproduced token for token by whoever runs the recipe.
+    pad_rows = 16 if dtype == "float32" else 0
     settings = TuneSettings(
         budget_s=parse_duration((DEMO_BUDGET if demo else DEFAULT_BUDGET) if budget is None else budget),
         margin=margin_named(margin).name, slo=None if slo is None else parse_slo(slo),
         kv_budget_bytes=parse_bytes(kv_budget), seed=seed, resume=resume,
-        engine={"dtype": dtype, "max_model_len": max_model_len, "num_threads": threads},
+        engine={"dtype": dtype, "max_model_len": max_model_len, "num_threads": threads, "pad_rows": pad_rows},
         replay=ReplaySettings() if engine == "kvtune" else ReplaySettings(num_decode=0, max_top=VLLM_TOP),
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )  # fmt: skip
-    config = EngineConfig(dtype=dtype, max_model_len=max_model_len, num_threads=threads)
+    config = EngineConfig(dtype=dtype, max_model_len=max_model_len, num_threads=threads, pad_rows=pad_rows)
     model_path = _model_path(model, demo=demo)
     check_output(folder, resume=resume)
     requests = read_workload(workload, demo=demo, seed=seed, block_size=trace_block_size, limit=num_requests)
