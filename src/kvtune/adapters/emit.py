@@ -82,7 +82,8 @@ def _carry_to_vllm(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
         stored = " and ".join(sorted(codecs))
         raise UsageError(
             f"this recipe stores K and V as {stored}, proven with kvtune's codecs; vLLM has no equal of "
-            f"them. Emit --target transformers, or prove its own: kvtune tune {_model(recipe)} --engine vllm"
+            f"them. Emit --target transformers, or prove its own: "
+            f"kvtune tune {_model(recipe)} --workload FILE --engine vllm"
         )
     knobs: dict[str, Any] = {"kv_dtype": "auto"}
     shared = ("block_size", "enable_prefix_caching", "max_num_seqs", "max_num_batched_tokens")
