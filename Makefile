@@ -3,7 +3,7 @@ VENV  ?= .venv
 PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.kvtune-env
 NATIVE := $(wildcard src/kvtune/kernels/csrc/*) CMakeLists.txt
-DEMO_OUT ?= kvtune-demo
+DEMO_OUT := kvtune-demo
 
 .PHONY: env demo test check proof bench docs clean help
 
@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml requirements/constraints.txt tools/make_env.sh $(NATIVE
 	@touch $@
 
 demo: env
-	$(PY) -m kvtune tune --demo --budget 5m --out $(DEMO_OUT)
+	$(PY) -m kvtune tune --demo --budget 5m
 
 test: env
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not proof" $(ARGS)

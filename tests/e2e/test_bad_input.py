@@ -148,3 +148,12 @@ def test_a_recipe_that_was_tampered_with_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "recipe.json"
     path.write_text(json.dumps({"schema_version": 1, "content_hash": "0" * 64}))
     assert_refused(kvtune_command("emit", str(path), "--target", "vllm", cwd=tmp_path), "recipe.json")
+
+
+def test_a_finished_run_is_not_overwritten(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "result.json").write_text("{}")
+    (out / "recipe.json").write_text("ten minutes of work")
+    assert_refused(tune(tmp_path, good_workload(tmp_path)), str(out), "--out")
+    assert (out / "recipe.json").read_text() == "ten minutes of work"

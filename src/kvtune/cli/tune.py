@@ -89,6 +89,8 @@ def tune(
     )  # fmt: skip
     config = EngineConfig(dtype=dtype, max_model_len=max_model_len, num_threads=threads, pad_rows=pad_rows)
     model_path = _model_path(model, demo=demo)
+    if not resume and not (demo and out is None) and (folder / "result.json").exists():
+        raise UsageError(f"{folder} holds a finished run; give another --out, or delete it first")
     check_output(folder, resume=resume)
     requests = read_workload(workload, demo=demo, seed=seed, block_size=trace_block_size, limit=num_requests)
     target, vocab_size, length = open_target(engine, model_path, config, vllm_python)
