@@ -3,7 +3,16 @@
 `KVCacheManager` is the facade; the records are what it answers.
 """
 
+from kvtune.cache.arena_manager import cache_manager
 from kvtune.cache.manager import KVCacheManager
 from kvtune.cache.records import Allocation, CacheStats, GroupUsage, PoolUsage, PrefixMatch
 
-__all__ = ["Allocation", "CacheStats", "GroupUsage", "KVCacheManager", "PoolUsage", "PrefixMatch"]
+__all__ = [
+    "Allocation",
+    "CacheStats",
+    "GroupUsage",
+    "KVCacheManager",
+    "PoolUsage",
+    "PrefixMatch",
+    "cache_manager",
+]

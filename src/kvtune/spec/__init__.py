@@ -7,7 +7,16 @@ Notation: n tokens in the sequence, B tokens per block, W window, h KV heads, d 
 
 from __future__ import annotations
 
-from kvtune.spec.engines import ENGINES, Paging, allocator_bytes, kv_format
+from kvtune.spec.arena_plan import FIRST_BLOCK_CODEC, ArenaPlan, plan_arenas
+from kvtune.spec.engines import (
+    ENGINES,
+    AllocatorTerm,
+    Paging,
+    allocator_bytes,
+    allocator_terms,
+    kv_format,
+    kv_formats,
+)
 from kvtune.spec.layout import (
     BLOCK_ALIGN,
     CODEC_STORAGE,
@@ -34,6 +43,8 @@ __all__ = [
     "BLOCK_ALIGN",
     "CODEC_STORAGE",
     "ENGINES",
+    "FIRST_BLOCK_CODEC",
+    "ArenaPlan",
     "CodecStorage",
     "KVFormat",
     "KVGroup",
@@ -43,6 +54,7 @@ __all__ = [
     "PackedLayout",
     "Paging",
     "allocator_bytes",
+    "allocator_terms",
     "blocks_per_sequence",
     "codec_storage",
     "first_block_bytes",
@@ -50,8 +62,10 @@ __all__ = [
     "group_block_bytes",
     "growth_bytes_per_token",
     "kv_format",
+    "kv_formats",
     "layer_token_bytes",
     "logical_bytes",
+    "plan_arenas",
     "split_budget",
     "text_config",
 ]
