@@ -103,6 +103,8 @@ class Engine(Closing):
         self._undelivered: list[RequestOutput] = []
         self._ids = itertools.count()
         self._is_closed = False
+        self.on_step: Callable[[SchedulerOutput], None] | None = None
+        """Called after every step that computed something, with the decision it performed."""
 
     @classmethod
     def from_pretrained(
@@ -350,6 +352,8 @@ class Engine(Closing):
             if state.is_finished:
                 del self._states[request_id]
             moved.append((state, token_ids, new_text))
+        if self.on_step is not None and output.chunks:
+            self.on_step(output)
         return moved
 
     def _run(self, output: SchedulerOutput) -> dict[RequestId, Sampled]:
