@@ -44,6 +44,7 @@ __all__ = [
     "CODEC_STORAGE",
     "ENGINES",
     "FIRST_BLOCK_CODEC",
+    "AllocatorTerm",
     "ArenaPlan",
     "CodecStorage",
     "KVFormat",

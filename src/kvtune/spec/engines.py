@@ -17,13 +17,20 @@ from kvtune.spec.layout import BLOCK_ALIGN, CODEC_STORAGE, CodecStorage, KVGroup
 from kvtune.spec.model import LayerSpec, ModelSpec
 from kvtune.spec.sizing import (
     KVFormat,
-    blocks_per_sequence,
     first_block_bytes,
     group_block_bytes,
     layer_token_bytes,
 )
 
-__all__ = ["ENGINES", "Paging", "allocator_bytes", "kv_format"]
+__all__ = [
+    "ENGINES",
+    "AllocatorTerm",
+    "Paging",
+    "allocator_bytes",
+    "allocator_terms",
+    "kv_format",
+    "kv_formats",
+]
 
 
 def _both(storage: CodecStorage) -> KVFormat:
@@ -85,7 +92,7 @@ def kv_format(engine: str, kv_dtype: str, spec: ModelSpec) -> KVFormat:
     has_index = any(layer.index_bytes for layer in spec.layers)
     if kv_dtype == "auto":  # vLLM serves DeepSeek-V3.2 with an fp8 cache unless told otherwise
         kv_dtype = "fp8" if engine == "vllm" and has_index else spec.dtype
-    known = [name for name in _FORMATS[engine] if _can_size(engine, name, spec)]
+    known = kv_formats(engine, spec)
     if kv_dtype not in known:
         raise UsageError(
             f"engine {engine} has no {kv_dtype!r} KV cache that can be sized for {spec.model_type}; "
@@ -94,6 +101,11 @@ def kv_format(engine: str, kv_dtype: str, spec: ModelSpec) -> KVFormat:
     if engine == "vllm" and kv_dtype == "fp8" and has_index:
         return _both(_FP8_DS_MLA)
     return _FORMATS[engine][kv_dtype]
+
+
+def kv_formats(engine: str, spec: ModelSpec) -> tuple[str, ...]:
+    """Names of `--kv-dtype` that an engine has and that can be sized for a model, `auto` aside."""
+    return tuple(name for name in _FORMATS[engine] if _can_size(engine, name, spec))
 
 
 def _can_size(engine: str, kv_dtype: str, spec: ModelSpec) -> bool:
@@ -106,16 +118,69 @@ def _can_size(engine: str, kv_dtype: str, spec: ModelSpec) -> bool:
     return kv_dtype != "k8v4" or any(layer.state_bytes for layer in spec.layers)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AllocatorTerm:
+    """One layer group of one tensor-parallel rank: blocks(n) = min(ceil(n / block_size), max_blocks).
+
+    `num_layers` layers store KV, `padded_layers` are allocated for; `token_bytes` of the stored layers per
+    token; `block_bytes` of one block id over the padded layers. `held_beyond_window`: tokens a step may hold
+    on top of the window. `state_bytes` is what the group's recurrent layers need per sequence and
+    `fixed_bytes` what is allocated for them.
+    """
+
+    kind: LayerKind
+    num_layers: int
+    padded_layers: int
+    block_size: int = 1
+    block_bytes: int = 0
+    token_bytes: int = 0
+    window: int | None = None
+    held_beyond_window: int = 0
+    max_blocks: int | None = None
+    state_bytes: int = 0
+    fixed_bytes: int = 0
+
+    def kept(self, num_tokens: int) -> int:
+        """Tokens that later tokens can still see."""
+        return num_tokens if self.window is None else min(num_tokens, self.window)
+
+    def held(self, num_tokens: int) -> int:
+        """Tokens in the pool at the peak, before they are rounded to blocks."""
+        if self.window is None:
+            return num_tokens
+        return min(num_tokens, self.window + self.held_beyond_window)
+
+    def blocks(self, num_tokens: int) -> int:
+        """Blocks of one sequence at its peak."""
+        whole = -(-num_tokens // self.block_size) if self.block_bytes else 0
+        return whole if self.max_blocks is None else min(whole, self.max_blocks)
+
+    def bytes(self, num_tokens: int) -> int:
+        """Bytes the pool holds for one sequence of `num_tokens` tokens on one rank."""
+        return self.blocks(num_tokens) * self.block_bytes + self.fixed_bytes
+
+
+def allocator_terms(spec: ModelSpec, kv: KVFormat, engine: str, paging: Paging) -> tuple[AllocatorTerm, ...]:
+    """What an engine's pools hold for one sequence on one rank, per layer group.
+
+    UsageError for impossible settings.
+    """
+    for name, value in (("block size", paging.block_size), ("tp", paging.tp), ("chunk", paging.chunk)):
+        if value < 1:
+            raise UsageError(f"{name} must be at least 1, found {value}")
+    return ENGINES[engine](spec, kv, paging)
+
+
 def allocator_bytes(spec: ModelSpec, num_tokens: int, kv: KVFormat, engine: str, paging: Paging) -> int:
     """Bytes an engine's pools hold for one sequence at its peak, summed over the tensor-parallel ranks.
 
     Includes block rounding, scales, the slack of windows, page padding, replicated heads and recurrent state.
     UsageError for impossible settings.
     """
-    for name, value in (("block size", paging.block_size), ("tp", paging.tp), ("context", num_tokens)):
-        if value < 1:
-            raise UsageError(f"{name} must be at least 1, found {value}")
-    return paging.tp * ENGINES[engine](spec, num_tokens, kv, paging)
+    if num_tokens < 1:
+        raise UsageError(f"context must be at least 1, found {num_tokens}")
+    terms = allocator_terms(spec, kv, engine, paging)
+    return paging.tp * sum(term.bytes(num_tokens) for term in terms)
 
 
 def _rank_group(group: KVGroup, tp: int) -> KVGroup:
@@ -126,44 +191,105 @@ def _rank_state_bytes(layer: LayerSpec, tp: int) -> int:
     return -(-layer.state_bytes // tp)
 
 
-def _kvtune(spec: ModelSpec, num_tokens: int, kv: KVFormat, paging: Paging) -> int:
+def _token_bytes(spec: ModelSpec, group: KVGroup, kv: KVFormat, tp: int) -> int:
+    return sum(layer_token_bytes(spec.layers[i], kv, tp=tp) for i in group.layers)
+
+
+def _window_blocks(group: KVGroup, chunk: int, block_size: int) -> int | None:
+    """Most blocks a window ever holds: what the first query of a step still sees, the step, and one more
+    because the window need not start on a block boundary (vLLM's admission bound for sliding layers)."""
+    return None if group.window is None else -(-(group.window - 1 + chunk) // block_size) + 1
+
+
+def _paged(spec: ModelSpec, group: KVGroup, kv: KVFormat, paging: Paging, block_bytes: int) -> AllocatorTerm:
+    """The term of one group that rounds to whole blocks and pads no layers."""
+    return AllocatorTerm(
+        kind=group.kind,
+        num_layers=len(group.layers),
+        padded_layers=len(group.layers),
+        block_size=paging.block_size,
+        block_bytes=block_bytes,
+        token_bytes=_token_bytes(spec, group, kv, paging.tp),
+        window=group.window,
+        held_beyond_window=paging.chunk - 1,
+        max_blocks=_window_blocks(group, paging.chunk, paging.block_size),
+    )
+
+
+def _state_terms(spec: ModelSpec, tp: int, align: int) -> list[AllocatorTerm]:
+    """Recurrent layers whose state lies in arrays of its own, by kind."""
+    terms: list[AllocatorTerm] = []
+    for kind in dict.fromkeys(layer.kind for layer in spec.layers if layer.state_bytes):
+        sizes = [_rank_state_bytes(layer, tp) for layer in spec.layers if layer.kind is kind]
+        allocated = sum(-(-size // align) * align for size in sizes)
+        terms.append(
+            AllocatorTerm(
+                kind=kind, num_layers=len(sizes), padded_layers=len(sizes),
+                state_bytes=sum(sizes), fixed_bytes=allocated,
+            )
+        )  # fmt: skip
+    return terms
+
+
+def _kvtune(spec: ModelSpec, kv: KVFormat, paging: Paging) -> tuple[AllocatorTerm, ...]:
     """Packed blocks, one table per group; state arrays start on a cache line."""
-    total = sum(-(-_rank_state_bytes(layer, paging.tp) // BLOCK_ALIGN) * BLOCK_ALIGN for layer in spec.layers)
+    terms = _state_terms(spec, paging.tp, BLOCK_ALIGN)
     for whole in spec.kv_groups():
         group = _rank_group(whole, paging.tp)
-        blocks = blocks_per_sequence(group, num_tokens, chunk=paging.chunk, block_size=paging.block_size)
         body = group_block_bytes(group, kv.names, paging.block_size)
-        total += blocks * body
+        index = paging.block_size * sum(spec.layers[i].index_bytes for i in group.layers)
+        term = _paged(spec, group, kv, paging, body + index)  # DeepSeek-V3.2's index lies beside the latent
         if paging.first_block_codec is not None:
-            total += first_block_bytes(group, paging.block_size, paging.first_block_codec) - body
-    return total + _index_bytes(spec, num_tokens, paging)
+            first = first_block_bytes(group, paging.block_size, paging.first_block_codec)
+            term = dataclasses.replace(term, fixed_bytes=first - body)
+        terms.append(term)
+    return tuple(terms)
 
 
-def _index_bytes(spec: ModelSpec, num_tokens: int, paging: Paging) -> int:
-    """DeepSeek-V3.2's index beside the latent blocks."""
-    tokens = -(-num_tokens // paging.block_size) * paging.block_size
-    return tokens * sum(layer.index_bytes for layer in spec.layers)
-
-
-def _grouped(spec: ModelSpec, num_tokens: int, kv: KVFormat, paging: Paging) -> int:
+def _grouped(spec: ModelSpec, kv: KVFormat, paging: Paging) -> tuple[AllocatorTerm, ...]:
     """Whole blocks per layer group, nothing else."""
-    total = sum(_rank_state_bytes(layer, paging.tp) for layer in spec.layers)
+    terms = _state_terms(spec, paging.tp, 1)
     for group in spec.kv_groups():
-        blocks = blocks_per_sequence(group, num_tokens, chunk=paging.chunk, block_size=paging.block_size)
-        per_token = sum(layer_token_bytes(spec.layers[i], kv, tp=paging.tp) for i in group.layers)
-        total += blocks * paging.block_size * per_token
-    return total
+        per_token = _token_bytes(spec, group, kv, paging.tp)
+        terms.append(_paged(spec, group, kv, paging, paging.block_size * per_token))
+    return tuple(terms)
 
 
-def _vllm(spec: ModelSpec, num_tokens: int, kv: KVFormat, paging: Paging) -> int:
-    """vLLM's hybrid KV cache manager on one rank (see `vllm_pages`)."""
-    pages = vllm_pages(spec, num_tokens, kv, paging)
-    if len({bucket.kind for bucket in pages}) <= 1:
-        return sum(bucket.num_layers * bucket.blocks * bucket.page_bytes for bucket in pages)
+def _vllm(spec: ModelSpec, kv: KVFormat, paging: Paging) -> tuple[AllocatorTerm, ...]:
+    """vLLM's hybrid KV cache manager on one rank (see `vllm_pages`): groups of equally many layers."""
+    pages = vllm_pages(spec, 1, kv, paging)
+    several = len({bucket.kind for bucket in pages}) > 1
     counts = [bucket.num_layers for bucket in pages]
-    size = max(counts) if max(counts) < 1.5 * min(counts) else min(counts)
-    page = max(bucket.page_bytes for bucket in pages)
-    return sum(-(-bucket.num_layers // size) * size * bucket.blocks * page for bucket in pages)
+    size = 1
+    if several:
+        size = max(counts) if max(counts) < 1.5 * min(counts) else min(counts)
+    groups = spec.kv_groups()
+    terms: list[AllocatorTerm] = []
+    for index, bucket in enumerate(pages):
+        padded = -(-bucket.num_layers // size) * size
+        if index < len(groups):
+            at = dataclasses.replace(paging, block_size=bucket.block_size)
+            term = _paged(spec, groups[index], kv, at, padded * bucket.page_bytes)
+            terms.append(
+                dataclasses.replace(
+                    term, padded_layers=padded, max_blocks=_vllm_window_blocks(groups[index], at)
+                )
+            )
+            continue
+        states = sum(_rank_state_bytes(layer, paging.tp) for layer in spec.layers)
+        terms.append(
+            AllocatorTerm(
+                kind=bucket.kind, num_layers=bucket.num_layers, padded_layers=padded,
+                state_bytes=states, fixed_bytes=padded * bucket.page_bytes,
+            )
+        )  # fmt: skip
+    return tuple(terms)
+
+
+def _vllm_window_blocks(group: KVGroup, paging: Paging) -> int | None:
+    if group.kind is LayerKind.CHUNKED and group.window is not None:  # chunks start on block boundaries
+        return -(-(group.window + paging.chunk) // paging.block_size)
+    return _window_blocks(group, paging.chunk, paging.block_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,7 +329,7 @@ def vllm_pages(spec: ModelSpec, num_tokens: int, kv: KVFormat, paging: Paging) -
                 num_layers=len(group.layers),
                 block_size=tokens,
                 page_bytes=page if one_kind else largest,
-                blocks=_vllm_blocks(group, num_tokens, paging.chunk, tokens),
+                blocks=_vllm_blocks(group, num_tokens, dataclasses.replace(paging, block_size=tokens)),
             )
         )
     if states:
@@ -216,16 +342,15 @@ def vllm_pages(spec: ModelSpec, num_tokens: int, kv: KVFormat, paging: Paging) -
     return buckets
 
 
-def _vllm_blocks(group: KVGroup, num_tokens: int, chunk: int, block_size: int) -> int:
-    if group.kind is LayerKind.CHUNKED and group.window is not None:  # chunks start on block boundaries
-        return -(-min(num_tokens, group.window + chunk) // block_size)
-    return blocks_per_sequence(group, num_tokens, chunk=chunk, block_size=block_size)
+def _vllm_blocks(group: KVGroup, num_tokens: int, paging: Paging) -> int:
+    whole, most = -(-num_tokens // paging.block_size), _vllm_window_blocks(group, paging)
+    return whole if most is None else min(whole, most)
 
 
-ENGINES: Final[Mapping[str, Callable[[ModelSpec, int, KVFormat, Paging], int]]] = {
+ENGINES: Final[Mapping[str, Callable[[ModelSpec, KVFormat, Paging], tuple[AllocatorTerm, ...]]]] = {
     "kvtune": _kvtune,
     "vllm": _vllm,
     "sglang": _grouped,
     "trtllm": _grouped,
 }
-"""Engine -> allocator bytes of one sequence on one tensor-parallel rank."""
+"""Engine -> what its pools hold for one sequence on one tensor-parallel rank."""
