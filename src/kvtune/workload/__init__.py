@@ -1,6 +1,7 @@
 """One canonical request trace: readers for the formats people have, real tokens for traces that hold
 only lengths and hashes, generators, splits and reuse statistics. No tensors."""
 
+from kvtune.workload.blocks import BlockTrace, block_trace
 from kvtune.workload.builtin import BUILTIN_CASES, builtin_cases, malformed_files
 from kvtune.workload.chat import generate_chat
 from kvtune.workload.formats import FORMATS
@@ -23,12 +24,14 @@ __all__ = [
     "BUILTIN_CASES",
     "DEFAULT_MAX_TOKENS",
     "FORMATS",
+    "BlockTrace",
     "Materialised",
     "Message",
     "Rejection",
     "TokenRequest",
     "Workload",
     "WorkloadRequest",
+    "block_trace",
     "builtin_cases",
     "generate_chat",
     "load_workload",

@@ -6,7 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["Materialised", "Message", "Rejection", "TokenRequest", "Workload", "WorkloadRequest"]
+__all__ = [
+    "Materialised",
+    "Message",
+    "Rejection",
+    "TokenRequest",
+    "Workload",
+    "WorkloadRequest",
+    "transcript",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +32,7 @@ class WorkloadRequest:
 
     `output_length`: tokens the request really generated; `answer`: the recorded text, encoded to get
     that length; `max_tokens`: only an upper bound the client asked for.
+    `hash_lengths`: tokens each hash id stands for, where they are not all of the workload's block size.
     `session_id`: requests of one conversation share it; "" where the file does not say.
     """
 
@@ -33,6 +42,7 @@ class WorkloadRequest:
     messages: tuple[Message, ...] = ()
     token_ids: tuple[int, ...] | None = None
     hash_ids: tuple[int, ...] | None = None
+    hash_lengths: tuple[int, ...] | None = None
     input_length: int | None = None
     output_length: int | None = None
     max_tokens: int | None = None
@@ -53,6 +63,13 @@ class WorkloadRequest:
     def is_synthetic(self) -> bool:
         """Whether only lengths (and perhaps hashes) are known, so that its tokens have to be made up."""
         return self.token_ids is None and not self.has_text and self.input_length is not None
+
+
+def transcript(request: WorkloadRequest) -> str:
+    """The text of a request as one string: roles and contents in order."""
+    if request.messages:
+        return "".join(f"{message.role}\n{message.content}\n" for message in request.messages)
+    return request.prompt or ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

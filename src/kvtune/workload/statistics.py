@@ -8,9 +8,9 @@ from typing import Any, Final
 import numpy as np
 
 from kvtune.workload.prefix import CHARACTERS_PER_UNIT, PrefixTree, session_labels
-from kvtune.workload.request import Workload, WorkloadRequest
+from kvtune.workload.request import Workload, WorkloadRequest, transcript
 
-__all__ = ["transcript", "workload_statistics"]
+__all__ = ["workload_statistics"]
 
 SCHEMA_VERSION: Final = 1
 _TOKENS_PER_BLOCK: Final = 16
@@ -40,13 +40,6 @@ def workload_statistics(workload: Workload) -> dict[str, Any]:
         "is_synthetic_text": workload.is_synthetic_text,
         "notes": list(workload.notes),
     }
-
-
-def transcript(request: WorkloadRequest) -> str:
-    """The text of a request as one string: roles and contents in order."""
-    if request.messages:
-        return "".join(f"{message.role}\n{message.content}\n" for message in request.messages)
-    return request.prompt or ""
 
 
 def _input_lengths(requests: Sequence[WorkloadRequest]) -> dict[str, Any] | None:
