@@ -9,16 +9,20 @@ from kvtune.quality.divergence import divergence, is_bit_equal, kl_divergence
 from kvtune.quality.margins import MARGINS, Margin, margin_named
 from kvtune.quality.replay import Reference, ReplaySettings, record_reference, replay, replay_decode
 from kvtune.quality.speed import HIGHER_IS_BETTER, Slo, SpeedRatios, compare_speed, summarise
+from kvtune.quality.tasks import TASKS, Material, Sample, draw, is_correct
 from kvtune.quality.verdict import QualityVerdict, Verdict, judge
 
 __all__ = [
     "HIGHER_IS_BETTER",
     "MARGINS",
+    "TASKS",
     "Estimate",
     "Margin",
+    "Material",
     "QualityVerdict",
     "Reference",
     "ReplaySettings",
+    "Sample",
     "Slo",
     "SpeedRatios",
     "Verdict",
@@ -26,7 +30,9 @@ __all__ = [
     "bootstrap_ratio",
     "compare_speed",
     "divergence",
+    "draw",
     "is_bit_equal",
+    "is_correct",
     "judge",
     "kl_divergence",
     "margin_named",
