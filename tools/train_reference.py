@@ -1,13 +1,13 @@
-"""Train the stand-in model that ships in `kvtune.testing.demo`: tokenizer, then weights.
+"""Train the reference model that ships in `kvtune.testing`: tokenizer, then weights.
 
-    python tools/train_standin.py --out build/standin --minutes 60       # resumes what it finds in --out
-    python tools/train_standin.py --out build/standin --export src/kvtune/testing/demo/model
-    python tools/train_standin.py --out build/standin --measure          # recall, n-gram baselines
+    python tools/train_reference.py --out build/reference          # resumes what it finds in --out
+    python tools/train_reference.py --out build/reference --export src/kvtune/testing/reference/model
+    python tools/train_reference.py --out build/reference --measure    # every task with Wilson bounds
 
-A small Llama learns the standard library's text and to use its context: random-token and verbatim copy,
-key-value recall, chats with a rule, look-ups in code; lengths 128 -> 512 -> 2048. Matrices are trained
-with Muon, the rest with AdamW. The same --seed and --tokens on one CPU thread give the same weights;
---minutes ends the schedule earlier and then the clock has a say.
+A small Llama learns the standard library's text and to use its context: repeated random tokens and the
+tasks of `kvtune.quality.tasks` at lengths 128 -> 512 -> 2048 -> 4096. Matrices are trained with Muon, the
+rest with AdamW. Small batches: what makes recall appear is the number of steps, not of tokens. The same
+--seed and --tokens on one CPU thread give the same weights; --minutes ends the schedule by the clock.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import math
 import random
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,8 +28,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kvtune.testing.demo import tasks
-from kvtune.testing.demo.corpus import Corpus, load_corpus
+from kvtune.quality import tasks
+from kvtune.testing.demo.corpus import Corpus, DocumentedName, load_corpus
 
 SPECIALS = ("<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 PAD, BOS, END, SYSTEM, USER, ASSISTANT = range(6)
@@ -40,7 +41,22 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 CONTEXT_WEIGHT = 0.1  # loss weight of what nobody could predict: the drawn context of a task
+ANSWER_WEIGHT = 3.0
 HEAD_DIM = 64
+SMALLEST_SAMPLE = 88
+"""Tokens below which the rest of a row is padding."""
+
+MIXTURE = {
+    "text": 0.24, "recall": 0.16, "near_duplicates": 0.09, "tracking": 0.09, "copy": 0.06, "count": 0.10,
+    "common_word": 0.05, "list_completion": 0.05, "json_completion": 0.05, "rule": 0.05,
+    "second_question": 0.06,
+}  # fmt: skip
+"""Shares of rows once copying from the context is learnt."""
+
+OPENING = {name: 0.5 * share for name, share in MIXTURE.items()} | {
+    "text": 0.25, "random": 0.25, "recall": 0.20,
+}  # fmt: skip
+"""At first, repeated random tokens and plain recall teach to copy."""
 
 
 @dataclass(frozen=True)
@@ -50,25 +66,16 @@ class Stage:
     until: float
     length: int
     rows: int
-    shares: dict[str, float]
+    shares: Mapping[str, float]
 
 
 STAGES = (
-    Stage(
-        0.155, 128, 48, {"text": 0.25, "random": 0.30, "recall": 0.30, "copy": 0.05, "profile": 0.10}
-    ),
-    Stage(
-        0.27, 128, 48, {"text": 0.25, "random": 0.06, "recall": 0.42, "copy": 0.22, "profile": 0.05}
-    ),
-    Stage(
-        0.60, 512, 12,
-        {"text": 0.37, "random": 0.04, "recall": 0.30, "copy": 0.16, "profile": 0.05, "lookup": 0.08},
-    ),
-    Stage(
-        1.01, 2048, 4,
-        {"text": 0.40, "random": 0.02, "recall": 0.33, "copy": 0.11, "profile": 0.06, "lookup": 0.08},
-    ),
-)  # fmt: skip
+    Stage(0.16, 128, 16, OPENING),
+    Stage(0.22, 128, 16, MIXTURE | {"random": 0.03}),
+    Stage(0.58, 512, 5, MIXTURE | {"random": 0.03, "documents": 0.08}),
+    Stage(0.89, 2048, 2, MIXTURE | {"random": 0.02, "documents": 0.08}),
+    Stage(1.01, 4096, 1, MIXTURE | {"documents": 0.06}),
+)
 
 
 # ---------------------------------------------------------------- tokenizer and data
@@ -97,13 +104,15 @@ def train_tokenizer(corpus: Corpus, folder: Path) -> None:
 
 
 class Data:
-    """Draws rows of token ids with loss weights for every task of a stage."""
+    """Draws rows of token ids with loss weights for every kind of row of a stage."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, corpus: Corpus, seed: int) -> None:
         self.encode_text = tokenizer.backend_tokenizer.encode
         self.rng = random.Random(seed)
         self.corpus = corpus
-        self.material = tasks.Words(single_token_words(tokenizer), corpus.prose)
+        self.material = tasks.Material(
+            single_token_words(tokenizer), corpus.prose, lambda text: len(self.encode_text(text).ids)
+        )
         self.streams = {"prose": self._stream(corpus.prose), "source": self._stream(corpus.sources)}
 
     def _stream(self, texts: tuple[str, ...]) -> np.ndarray:
@@ -122,10 +131,10 @@ class Data:
         return ids, weights
 
     def row(self, name: str, length: int) -> tuple[list[int], list[float]]:
-        """One row: several small samples where they fit, cut or padded to `length`."""
+        """One row: several samples where they fit, cut or padded to `length`."""
         ids: list[int] = []
         weights: list[float] = []
-        while len(ids) < length - 8:
+        while len(ids) < length - SMALLEST_SAMPLE:
             more_ids, more_weights = self._piece(name, length - len(ids))
             ids += more_ids
             weights += more_weights
@@ -142,34 +151,51 @@ class Data:
             half = min(room // 2, rng.randint(16, 512))
             block = [rng.randrange(6, VOCAB_SIZE) for _ in range(half)]
             return block + block, [0.0] * half + [0.0] + [1.0] * (half - 1)
+        if name == "documents":
+            return self.encode(documents(rng, self.corpus.names, max_chars=int(2.2 * room)))
         return self.encode(self._sample(name, room))
 
     def _sample(self, name: str, room: int) -> tasks.Sample:
+        """A task's sample that fits the room: one long context with many questions, or a short one."""
         rng = self.rng
-        if name == "recall":
-            pairs = rng.randint(2, max(3, min(room // 12, 160)))
-            queries = rng.randint(2, 10) if room < 400 else rng.randint(6, 24)
-            spare = room - 6 * pairs - 14 * queries
-            filler = int(rng.random() * 3.0 * max(0, spare))
-            return tasks.recall(rng, self.material, num_pairs=pairs, num_queries=queries, filler_chars=filler)
-        if name == "copy":
-            text = rng.choice(self.corpus.prose if rng.random() < 0.5 else self.corpus.sources)
-            chars = rng.randint(60, max(80, int(1.2 * room)))
-            start = rng.randrange(max(1, len(text) - chars))
-            return tasks.copy(rng, text[start : start + chars])
-        if name == "profile":
-            return tasks.profile(rng, self.material, num_turns=rng.randint(3, max(4, room // 28)))
-        return tasks.lookup(rng, self.corpus.names, max_chars=int(2.2 * room))
+        size = room if rng.random() < 0.6 else rng.randint(min(room, SMALLEST_SAMPLE), room)
+        # an aggregate is one answer a context, so contexts for it stay short more often
+        if name == "common_word" and rng.random() < 0.7:
+            size = rng.randint(min(size, SMALLEST_SAMPLE), min(size, 400))
+        most = 1 + (size - SMALLEST_SAMPLE) // 60
+        return tasks.draw(
+            name, rng, self.material, num_tokens=size, num_questions=rng.randint(1, min(most, 24)),
+            difficulty="hard" if rng.random() < 0.6 else "easy",
+        )  # fmt: skip
 
     def encode(self, sample: tasks.Sample) -> tuple[list[int], list[float]]:
         """Token ids and loss weights of a dialogue; equals the chat template's rendering."""
         ids, weights = [BOS], [0.0]
         for role, content in sample.turns:
             body = [*self.encode_text(content).ids, END]
-            weight = 1.0 if role == "assistant" else CONTEXT_WEIGHT
+            weight = ANSWER_WEIGHT if role == "assistant" else CONTEXT_WEIGHT
             ids += [ROLES[role], *body]
             weights += [CONTEXT_WEIGHT, *[weight] * len(body)]
         return ids, weights
+
+
+def documents(rng: random.Random, names: Sequence[DocumentedName], *, max_chars: int) -> tasks.Sample:
+    """Sources in the context, then questions what each function does, answered by its docstring."""
+    chosen: list[DocumentedName] = []
+    used = 0
+    for candidate in rng.sample(list(names), 12):
+        if used + len(candidate.source) <= max_chars:
+            chosen.append(candidate)
+            used += len(candidate.source)
+    if not chosen:
+        chosen = [min(rng.sample(list(names), 12), key=lambda name: len(name.source))]
+    shown = "\n\n".join(entry.source for entry in chosen)
+    turns: list[tuple[str, str]] = [("system", "Answer from this code.\n" + shown)]
+    questions = ("What does {} do?", "Explain {}.", "Summarise {} in one sentence.")
+    for entry in rng.sample(chosen, len(chosen)):
+        turns.append(("user", rng.choice(questions).format(entry.name)))
+        turns.append(("assistant", entry.summary))
+    return tasks.Sample("documents", tuple(turns), tuple(range(2, len(turns), 2)))
 
 
 def hash_order(text: str) -> bytes:
@@ -198,12 +224,12 @@ def single_token_words(tokenizer: PreTrainedTokenizerFast) -> list[str]:
 
 
 def new_model(seed: int) -> LlamaForCausalLM:
-    """About 3M parameters: 4 layers, hidden 256, 4 query and 2 key/value heads of 64, tied embeddings."""
+    """5.6M parameters: 4 layers, hidden 320, 4 query and 2 key/value heads of 64, tied embeddings."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=256, intermediate_size=576, num_hidden_layers=4,
+        vocab_size=VOCAB_SIZE, hidden_size=320, intermediate_size=1024, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, head_dim=HEAD_DIM, max_position_embeddings=4096,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0}, rms_norm_eps=1e-5,
         tie_word_embeddings=True, bos_token_id=BOS, eos_token_id=END, pad_token_id=PAD,
         initializer_range=0.03,
     )  # fmt: skip
@@ -373,40 +399,67 @@ class HeldOut:
 
     @torch.no_grad()
     def measure(self, model: LlamaForCausalLM) -> dict[str, float]:
-        """Held-out loss (nats per token, prose) and teacher-forced recall of values at two lengths."""
-        logits = model(input_ids=self.text, use_cache=False).logits[:, :-1]
-        loss = torch.nn.functional.cross_entropy(logits.reshape(-1, VOCAB_SIZE), self.text[:, 1:].reshape(-1))
-        result = {"heldout_loss": round(float(loss), 4)}
-        for length, rows in ((256, 16), (512, 12), (1900, 4)):
-            result[f"recall_{length}"] = round(self.recall(model, length, rows)[0], 3)
+        """Held-out loss (nats per token, prose) and the share of right answers of a few samples."""
+        result = {"heldout_loss": round(self.loss(model), 4)}
+        for length, samples in ((512, 12), (1024, 12), (2000, 6), (4000, 3)):
+            result[f"recall_{length}"] = round(self.accuracy(model, "recall", length, samples, 6)[0], 3)
+        for name in tasks.TASKS:
+            if name != "recall":
+                questions = 1 if name == "common_word" else 4
+                result[name] = round(self.accuracy(model, name, 1000, 24 // questions, questions)[0], 3)
         return result
 
     @torch.no_grad()
-    def recall(self, model: LlamaForCausalLM, length: int, rows: int, seed: int = 5) -> tuple[float, int]:
-        """Share of recall answers (whole line, every token the argmax) at about `length` tokens, and n."""
-        rng = random.Random(seed)
-        hits = total = 0
-        for _ in range(rows):
-            pairs = max(4, min(length // 16, 100))
-            filler = int(2.6 * max(0, length - 5 * pairs - 8 * 14))
-            sample = tasks.recall(
-                rng, self.data.material, num_pairs=pairs, num_queries=8, filler_chars=filler
-            )
-            ids, weights = self.data.encode(sample)
-            argmax = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].argmax(-1).tolist()
-            for start, end in answers(ids, weights):
-                hits += all(argmax[i - 1] == ids[i] for i in range(start, end))
-                total += 1
-        return hits / total, total
+    def loss(self, model: LlamaForCausalLM) -> float:
+        """Nats per token on held-out prose."""
+        logits = model(input_ids=self.text, use_cache=False).logits[:, :-1].float()
+        targets = self.text[:, 1:].reshape(-1)
+        return float(torch.nn.functional.cross_entropy(logits.reshape(-1, VOCAB_SIZE), targets))
+
+    @torch.no_grad()
+    def accuracy(
+        self, model: LlamaForCausalLM, name: str, length: int, samples: int, questions: int = 1,
+        difficulty: tasks.Difficulty = "hard", seed: int = 5,
+    ) -> tuple[float, int]:  # fmt: skip
+        """Share of answers right to the last token, and how many were asked, at about `length` tokens.
+
+        An answer whose every token is the most likely one after the true text before it is the answer
+        greedy decoding gives.
+        """
+        rng = random.Random(f"{seed} {name} {length} {difficulty}")
+        right = asked = 0
+        for _ in range(samples):
+            sample = tasks.draw(
+                name, rng, self.data.material, num_tokens=length, difficulty=difficulty,
+                num_questions=questions,
+            )  # fmt: skip
+            ids, _ = self.data.encode(sample)
+            spans = [answer_spans(ids)[index] for index in scored_answers(sample)]
+            ids = ids[:4096]
+            hidden = model.model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0]
+            for start, end in spans:
+                predicted = model.lm_head(hidden[start - 1 : end - 1]).argmax(-1).tolist()
+                right += predicted == ids[start:end]
+                asked += 1
+        return right / asked, asked
 
 
-def answers(ids: list[int], weights: list[float]) -> list[tuple[int, int]]:
-    """Spans [start, end) of the assistant's turns, the greeting left out."""
-    spans: list[tuple[int, int]] = []
-    for index, token in enumerate(ids):
-        if token == ASSISTANT:
-            spans.append((index + 1, ids.index(END, index) + 1))
-    return spans[-8:] if weights else spans
+def answer_spans(ids: list[int]) -> list[tuple[int, int]]:
+    """Positions [start, end) of what each assistant turn says, its end mark included."""
+    return [(index + 1, ids.index(END, index) + 1) for index, token in enumerate(ids) if token == ASSISTANT]
+
+
+def scored_answers(sample: tasks.Sample) -> list[int]:
+    """The scored turns counted among the assistant's turns."""
+    spoken = [index for index, (role, _) in enumerate(sample.turns) if role == "assistant"]
+    return [spoken.index(index) for index in sample.scored]
+
+
+def wilson(rate: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's 95 % interval of a proportion (Wilson 1927)."""
+    centre = (rate + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(rate * (1 - rate) / count + z * z / (4 * count * count))
+    return centre - half, centre + half
 
 
 def ngram_losses(train_ids: np.ndarray, test_ids: np.ndarray) -> dict[str, float]:
@@ -449,19 +502,22 @@ def export(args: argparse.Namespace) -> None:
 
 
 def measure(args: argparse.Namespace) -> None:
-    """Print held-out loss beside n-gram models, and recall by length, of the weights as they ship."""
+    """Print held-out loss beside n-gram models and every task with Wilson bounds, in bf16 as shipped."""
     trainer, model = load_exported(args)
-    model = model.float()
     held_out = HeldOut(PreTrainedTokenizerFast.from_pretrained(args.out))
-    report: dict[str, object] = {"step": trainer.step, "tokens": trainer.tokens, **held_out.measure(model)}
+    report: dict[str, object] = {"step": trainer.step, "tokens": trainer.tokens}
+    report["heldout_loss"] = held_out.loss(model)
     report["ngram"] = ngram_losses(trainer.data.streams["prose"], held_out.text.reshape(-1).numpy())
-    for length, rows in ((256, 32), (512, 32), (1024, 32), (1900, 32), (3700, 16)):
-        rate, count = held_out.recall(model, length, rows, seed=99)
-        report[f"recall_{length}"] = {
-            "rate": rate,
-            "n": count,
-            "half_width": 1.96 * math.sqrt(max(rate * (1 - rate), 1e-4) / count),
-        }
+    items = [("recall", length) for length in (512, 1024, 2048, 4096)]
+    items += [(name, 1024) for name in tasks.TASKS if name != "recall"]
+    for name, length in items:
+        for difficulty in ("easy", "hard"):
+            rate, count = held_out.accuracy(model, name, length, args.samples, 1, difficulty, seed=99)
+            low, high = wilson(rate, count)
+            report[f"{name} {length} {difficulty}"] = {
+                "rate": rate, "n": count, "low": round(low, 4), "high": round(high, 4)
+            }  # fmt: skip
+            print(f"{name} {length} {difficulty}: {rate:.3f} [{low:.3f}, {high:.3f}] n={count}", flush=True)
     print(json.dumps(report, indent=1))
 
 
@@ -474,14 +530,15 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=float, default=0.0, help="budget of training time (0: --tokens decides)"
     )
-    parser.add_argument("--tokens", type=int, default=24_000_000)
+    parser.add_argument("--tokens", type=int, default=22_000_000)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--save-every", type=float, default=180.0, help="seconds between checkpoints")
+    parser.add_argument("--save-every", type=float, default=300.0, help="seconds between checkpoints")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--export", type=Path, default=None)
     parser.add_argument("--measure", action="store_true")
+    parser.add_argument("--samples", type=int, default=256, help="contexts per measured item")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.export:
