@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
@@ -83,7 +84,7 @@ def test_a_traced_variable_ends_at_its_number() -> None:
         assigned = dict(re.findall(r"^ (\w+) = (\w+)$", context_of(sample), re.M))
         chain = answers_of(sample)[0].split(" = ")
         chain[0] = chain[0].strip()
-        assert all(assigned[left] == right for left, right in zip(chain, chain[1:], strict=False))
+        assert all(assigned[left] == right for left, right in itertools.pairwise(chain))
         assert chain[-1].isdigit()
         lengths.add(len(chain) - 1)
     assert lengths == {2, 3, 4}

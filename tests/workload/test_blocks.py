@@ -69,12 +69,10 @@ def test_recut_hashes_share_a_block_only_where_the_recorded_block_with_its_last_
     known, expected = {}, []
     for prompt in prompts:
         ends = [min(at + wanted, len(prompt)) for at in range(0, len(prompt), wanted)]
-        expected.append([
-            known.setdefault((tuple(prompt[: -(-end // recorded) * recorded]), end), len(known)) for end in ends
-        ])  # fmt: skip
+        seen = [(tuple(prompt[: -(-end // recorded) * recorded]), end) for end in ends]
+        expected.append([known.setdefault(block, len(known)) for block in seen])
     assert rows(trace) == expected
-    assert trace.is_lower_bound == (wanted % recorded != 0 and any(len(p) > 0 for p in prompts) and
-                                    trace.notes != ())  # fmt: skip
+    assert trace.is_lower_bound == (wanted % recorded != 0 and trace.notes != ())
 
 
 @settings(max_examples=200)
