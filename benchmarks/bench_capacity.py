@@ -32,7 +32,7 @@ from kvtune.engine.load import LoadedModel, load_model
 from kvtune.errors import KVTuneError
 from kvtune.recipe import Recipe
 from kvtune.spec import KVFormat, growth_bytes_per_token
-from kvtune.testing.demo import demo_model_path
+from kvtune.testing.reference import reference_model_path
 from kvtune.workload import TokenRequest, load_workload, materialise
 
 LIMIT = 1.1
@@ -170,7 +170,7 @@ def main() -> int:
     length = args.max_model_len
     torch.set_num_threads(args.threads)
     config = EngineConfig(max_model_len=length)
-    loaded = load_model(args.model or demo_model_path(), config)
+    loaded = load_model(args.model or reference_model_path(), config)
     workload = load_workload(args.trace, limit=4 * args.num_requests)
     made = materialise(workload, vocab_size=loaded.vocab_size, max_model_len=length + 1, scale=1.0)
     fits = [r for r in made.requests if len(r.prompt_token_ids) + r.max_tokens <= length]

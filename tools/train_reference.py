@@ -29,7 +29,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kvtune.quality import tasks
-from kvtune.testing.demo.corpus import Corpus, DocumentedName, load_corpus
+from kvtune.testing.reference.corpus import Corpus, DocumentedName, load_corpus
 
 SPECIALS = ("<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 PAD, BOS, END, SYSTEM, USER, ASSISTANT = range(6)

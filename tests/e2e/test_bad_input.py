@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kvtune.testing.demo import demo_model_path
+from kvtune.testing.reference import reference_model_path
 
 
 def good_line(topic: str) -> str:
@@ -43,7 +43,7 @@ def tune(
 ) -> subprocess.CompletedProcess[str]:
     args = [
         "tune",
-        model or str(demo_model_path()),
+        model or str(reference_model_path()),
         "--workload",
         str(workload),
         "--out",
@@ -94,7 +94,7 @@ def test_a_file_whose_only_request_is_longer_than_the_model_is_refused(tmp_path:
 
 
 def test_an_unknown_codec_is_refused_naming_the_known_ones(tmp_path: Path) -> None:
-    result = kvtune_command("plan", str(demo_model_path()), "--kv-dtype", "int5", cwd=tmp_path)
+    result = kvtune_command("plan", str(reference_model_path()), "--kv-dtype", "int5", cwd=tmp_path)
     assert_refused(result, "int5", "int8")
 
 
@@ -114,7 +114,7 @@ def test_a_missing_model_is_refused(tmp_path: Path) -> None:
 def test_a_config_with_impossible_heads_is_refused_by_plan_and_tune(tmp_path: Path, heads: object) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
-    config = json.loads((demo_model_path() / "config.json").read_text())
+    config = json.loads((reference_model_path() / "config.json").read_text())
     config["num_attention_heads"] = heads
     config["num_key_value_heads"] = heads
     (folder / "config.json").write_text(json.dumps(config))
@@ -128,7 +128,7 @@ def test_an_output_folder_that_cannot_be_written_is_refused_before_any_work(tmp_
     blocker.write_text("I am not a folder")
     args = [
         "tune",
-        str(demo_model_path()),
+        str(reference_model_path()),
         "--workload",
         str(good_workload(tmp_path)),
         "--out",

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from kvtune.cli.main import main
-from kvtune.testing.demo import demo_model_path
+from kvtune.testing.reference import reference_model_path
 
 TOPICS = ("zip", "abs", "json.dumps", "len", "os.path.join", "max", "sorted", "re.match", "iter", "hash")
 COMMAND = [sys.executable, "-m", "kvtune"]
@@ -70,7 +70,13 @@ def test_a_url_no_server_can_have_is_refused(
 def test_numbers_beyond_sense_are_refused_by_bench(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], word: str
 ) -> None:
-    asked = ["bench", "--model", str(demo_model_path()), "--workload", str(workload(tmp_path / "w.jsonl"))]
+    asked = [
+        "bench",
+        "--model",
+        str(reference_model_path()),
+        "--workload",
+        str(workload(tmp_path / "w.jsonl")),
+    ]
     assert word in said(capsys, [*asked, *flags])
 
 
@@ -84,7 +90,7 @@ def test_numbers_beyond_sense_are_refused_by_bench(
 def test_numbers_beyond_sense_are_refused_by_tune(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], word: str
 ) -> None:
-    asked = ["tune", str(demo_model_path()), "--workload", str(workload(tmp_path / "w.jsonl"))]
+    asked = ["tune", str(reference_model_path()), "--workload", str(workload(tmp_path / "w.jsonl"))]
     assert word in said(capsys, [*asked, "--out", str(tmp_path / "out"), *flags])
     assert not (tmp_path / "out").exists()
 
@@ -92,7 +98,13 @@ def test_numbers_beyond_sense_are_refused_by_tune(
 def test_bench_refuses_a_file_it_cannot_save_to_before_it_measures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = ["bench", "--model", str(demo_model_path()), "--workload", str(workload(tmp_path / "w.jsonl"))]
+    asked = [
+        "bench",
+        "--model",
+        str(reference_model_path()),
+        "--workload",
+        str(workload(tmp_path / "w.jsonl")),
+    ]
     assert "--save" in said(capsys, [*asked, "--save", str(tmp_path / "absent" / "x.json")])
 
 
@@ -104,14 +116,14 @@ def test_a_budget_the_machine_does_not_have_is_refused(tmp_path: Path) -> None:
     from kvtune.errors import UsageError
 
     with pytest.raises(UsageError, match="cannot be allocated"):
-        Engine.from_pretrained(str(demo_model_path()), cache=CacheConfig(kv_budget="900TiB"))
+        Engine.from_pretrained(str(reference_model_path()), cache=CacheConfig(kv_budget="900TiB"))
 
 
 def test_a_chat_template_that_refuses_the_messages_rejects_them_by_its_own_words(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "model"
-    shutil.copytree(demo_model_path(), folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(reference_model_path(), folder, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
     asked = ["bench", "--model", str(folder), "--workload", str(workload(tmp_path / "w.jsonl"))]
     assert main(asked) == 2
@@ -134,7 +146,7 @@ def test_a_config_that_is_not_of_these_weights_is_refused_by_name(
     from kvtune.errors import InputFileError
 
     folder = tmp_path / "model"
-    shutil.copytree(demo_model_path(), folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(reference_model_path(), folder, ignore=shutil.ignore_patterns("__pycache__"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
     with pytest.raises(InputFileError) as refusal:
@@ -234,8 +246,8 @@ def tuning(tmp_path: Path, *extra: str) -> subprocess.Popen[str]:
     if not path.exists():
         workload(path)
     return subprocess.Popen(
-        [*COMMAND, "tune", str(demo_model_path()), "--workload", str(path), "--out", str(tmp_path / "out"),
-         "--budget", "2s", "--json", *extra],
+        [*COMMAND, "tune", str(reference_model_path()), "--workload", str(path),
+         "--out", str(tmp_path / "out"), "--budget", "2s", "--json", *extra],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
     )  # fmt: skip
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kvtune.testing.demo import demo_model_path
+from kvtune.testing.reference import reference_model_path
 from kvtune.workload import generate_chat, write_workload
 
 pytestmark = pytest.mark.proof
@@ -53,7 +53,7 @@ def run(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 def tune(tmp_path: Path, workload: Path, *extra: str) -> tuple[dict, Path]:
     out = tmp_path / "out"
     result = run(
-        "-m", "kvtune", "tune", str(demo_model_path()), "--workload", str(workload), "--out", str(out),
+        "-m", "kvtune", "tune", str(reference_model_path()), "--workload", str(workload), "--out", str(out),
         "--budget", "4m", "--dtype", "float32", "--num-requests", "200", "--json", *extra, cwd=tmp_path,
     )  # fmt: skip
     return json.loads(result.stdout), out

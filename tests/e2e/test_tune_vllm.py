@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from kvtune.testing.demo import demo_model_path
+from kvtune.testing.reference import reference_model_path
 from kvtune.workload import generate_chat, write_workload
 
 VLLM = os.environ.get("KVTUNE_VLLM_PYTHON", "")
@@ -47,7 +47,7 @@ def decoy() -> Iterator[subprocess.Popen[bytes]]:
 
 def command(out: Path, workload: Path, *extra: str) -> list[str]:
     return [
-        sys.executable, "-m", "kvtune", "tune", str(demo_model_path()), "--workload", str(workload),
+        sys.executable, "-m", "kvtune", "tune", str(reference_model_path()), "--workload", str(workload),
         "--engine", "vllm", "--vllm-python", VLLM, "--kv-budget", "128MiB", "--out", str(out), "--json",
         *extra,
     ]  # fmt: skip
@@ -80,7 +80,7 @@ def wait_for(condition, seconds: float, what: str):
 
 def serving_processes() -> list[str]:
     # the model's path stands in other command lines too (`kvtune tune`, the probe); only a server has a port
-    return [line for line in processes_naming(str(demo_model_path())) if "--port" in line]
+    return [line for line in processes_naming(str(reference_model_path())) if "--port" in line]
 
 
 def test_a_real_vllm_is_tuned_and_the_emitted_command_starts(
@@ -189,5 +189,5 @@ def kill_serving_processes() -> None:
                 line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
             except OSError:
                 continue
-            if str(demo_model_path()) in line and "--port" in line:
+            if str(reference_model_path()) in line and "--port" in line:
                 os.kill(int(entry.name), signal.SIGKILL)

@@ -36,7 +36,7 @@ def tune(
         Path | None, typer.Option("--workload", help="Your requests: ShareGPT, OpenAI chat JSONL, a trace.")
     ] = None,
     demo: Annotated[
-        bool, typer.Option("--demo", help="Tune the bundled stand-in model on generated chats.")
+        bool, typer.Option("--demo", help="Tune the bundled reference model on generated chats.")
     ] = False,
     engine: Annotated[str, typer.Option(help="kvtune | vllm")] = "kvtune",
     vllm_python: Annotated[
@@ -120,9 +120,9 @@ def _model_path(model: Path | None, *, demo: bool) -> Path:
     if demo:
         if model is not None:
             raise UsageError("--demo brings its own model; leave MODEL out")
-        from kvtune.testing.demo import demo_model_path
+        from kvtune.testing.reference import reference_model_path
 
-        return demo_model_path()
+        return reference_model_path()
     if model is None:
         raise UsageError("which model? give a model folder, or --demo")
     if not model.is_dir():

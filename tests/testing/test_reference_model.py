@@ -8,17 +8,17 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from kvtune.testing.demo import demo_model_path
+from kvtune.testing.reference import reference_model_path
 
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
     torch.set_num_threads(1)
-    return LlamaForCausalLM.from_pretrained(demo_model_path(), dtype=torch.float32).eval()
+    return LlamaForCausalLM.from_pretrained(reference_model_path(), dtype=torch.float32).eval()
 
 
 def test_the_weights_stay_small_enough_to_ship() -> None:
-    assert (demo_model_path() / "model.safetensors").stat().st_size <= 16 * 2**20
+    assert (reference_model_path() / "model.safetensors").stat().st_size <= 16 * 2**20
 
 
 def test_the_slowest_rope_pair_of_every_query_head_is_zero(model: LlamaForCausalLM) -> None:
@@ -31,8 +31,8 @@ def test_the_slowest_rope_pair_of_every_query_head_is_zero(model: LlamaForCausal
 
 
 def test_answers_depend_on_the_context(model: LlamaForCausalLM) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(demo_model_path())
-    text = (demo_model_path() / "README.md").read_text()
+    tokenizer = AutoTokenizer.from_pretrained(reference_model_path())
+    text = (reference_model_path() / "README.md").read_text()
     ids = torch.tensor([tokenizer(text)["input_ids"][:256]])
     changed = ids.clone()
     changed[:, 10:60] = ids[:, 60:110]
@@ -42,7 +42,7 @@ def test_answers_depend_on_the_context(model: LlamaForCausalLM) -> None:
 
 
 def test_the_chat_template_marks_every_turn() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(demo_model_path())
+    tokenizer = AutoTokenizer.from_pretrained(reference_model_path())
     text = tokenizer.apply_chat_template(
         [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}],
         tokenize=False, add_generation_prompt=True,
@@ -51,6 +51,6 @@ def test_the_chat_template_marks_every_turn() -> None:
 
 
 def test_the_shipped_log_ends_with_the_shipped_weights() -> None:
-    log = json.loads((demo_model_path() / "training_log.json").read_text())
+    log = json.loads((reference_model_path() / "training_log.json").read_text())
     assert log[-1]["recall_1900"] > 0.85
     assert log[-1]["heldout_loss"] < 4.10  # the interpolated trigram's loss
