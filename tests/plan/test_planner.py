@@ -37,7 +37,7 @@ def test_capacity_follows_from_memory_weights_and_allocator_bytes() -> None:
     weights = 16_000_000_000
     plan = plan_of("Llama-3.1-8B", gpu="h100", weights_bytes=weights, contexts=(8192,))
     (row,) = plan["capacity"]
-    budget = int(GPUS["H100-80GB"] * 0.9) - weights - (2 << 30)
+    budget = int(GPUS["H100-80GB"].memory_bytes * 0.9) - weights - (2 << 30)
     assert row["kv_budget_bytes"] == budget
     assert row["max_concurrency"] == {"8192": budget // 2**30}
     assert row["max_tokens"] == budget // (16 * 131_072) * 16

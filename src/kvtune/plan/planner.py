@@ -134,16 +134,16 @@ def _weights(source: ModelSource, spec: ModelSpec, request: PlanRequest) -> tupl
 
 def _capacity(request: PlanRequest, weights: int | None, size: Callable[[int], int]) -> list[dict[str, Any]]:
     """What `tp` GPUs of each kind hold; empty where the weights' size is unknown."""
-    names = list(GPUS) if request.gpu is None else [find_gpu(request.gpu)]
+    gpus = list(GPUS.values()) if request.gpu is None else [find_gpu(request.gpu)]
     if weights is None:
         return []
     rows: list[dict[str, Any]] = []
-    for name in names:
-        budget = _kv_budget(GPUS[name], weights, request)
+    for gpu in gpus:
+        budget = _kv_budget(gpu.memory_bytes, weights, request)
         fits = {str(n): budget // max(1, size(n)) for n in request.contexts}
         rows.append(
             {
-                "gpu": name,
+                "gpu": gpu.name,
                 "num_gpus": request.tp,
                 "kv_budget_bytes": budget,
                 "max_tokens": _longest(size, budget),

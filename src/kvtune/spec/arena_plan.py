@@ -1,4 +1,4 @@
-"""How many blocks of each KV group a budget buys: the numbers engine and simulator build their caches from."""
+"""How many blocks of each KV group a budget buys: what engine and simulator build their caches from."""
 
 from __future__ import annotations
 
