@@ -256,7 +256,7 @@ class Trainer:
 
     def __init__(self, args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> None:
         self.args = args
-        self.model = new_model(args.seed)
+        self.model = new_model(args.seed).to(args.device)
         self.data = Data(tokenizer, load_corpus(held_out=False), args.seed)
         matrices = [p for n, p in self.model.named_parameters() if p.ndim == 2 and "embed" not in n]
         others = [p for n, p in self.model.named_parameters() if p.ndim != 2 or "embed" in n]
@@ -283,8 +283,10 @@ class Trainer:
     def train_step(self) -> float:
         """One step on one batch; the weighted mean loss in nats."""
         stage = next(s for s in STAGES if self.progress() < s.until)
-        ids, weights = self.data.batch(stage)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.args.bf16):
+        ids, weights = (x.to(self.args.device) for x in self.data.batch(stage))
+        with torch.autocast(
+            torch.device(self.args.device).type, dtype=torch.bfloat16, enabled=self.args.bf16
+        ):
             hidden = self.model.model(input_ids=ids, use_cache=False).last_hidden_state
             targets, wanted = ids[:, 1:], weights[:, 1:]
             chosen = wanted > 0  # logits only where there is a loss
@@ -323,7 +325,7 @@ class Trainer:
 
     def restore(self, path: Path) -> None:
         """Continue from a checkpoint of `save`."""
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True, map_location=self.args.device)
         self.model.load_state_dict(state["model"])
         self.ema = state["ema"]
         self.step, self.tokens, self.elapsed_s = state["step"], state["tokens"], state["elapsed_s"]
@@ -377,7 +379,7 @@ def train(args: argparse.Namespace) -> None:
 
 def averaged(trainer: Trainer) -> LlamaForCausalLM:
     """A copy of the model that carries the moving average of the weights."""
-    model = new_model(trainer.args.seed)
+    model = new_model(trainer.args.seed).to(trainer.args.device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(trainer.ema[name])
@@ -412,8 +414,9 @@ class HeldOut:
     @torch.no_grad()
     def loss(self, model: LlamaForCausalLM) -> float:
         """Nats per token on held-out prose."""
-        logits = model(input_ids=self.text, use_cache=False).logits[:, :-1].float()
-        targets = self.text[:, 1:].reshape(-1)
+        text = self.text.to(model.device)
+        logits = model(input_ids=text, use_cache=False).logits[:, :-1].float()
+        targets = text[:, 1:].reshape(-1)
         return float(torch.nn.functional.cross_entropy(logits.reshape(-1, VOCAB_SIZE), targets))
 
     @torch.no_grad()
@@ -436,7 +439,8 @@ class HeldOut:
             ids, _ = self.data.encode(sample)
             spans = [answer_spans(ids)[index] for index in scored_answers(sample)]
             ids = ids[:4096]
-            hidden = model.model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0]
+            rows = torch.tensor([ids], device=model.device)
+            hidden = model.model(input_ids=rows, use_cache=False).last_hidden_state[0]
             for start, end in spans:
                 predicted = model.lm_head(hidden[start - 1 : end - 1]).argmax(-1).tolist()
                 right += predicted == ids[start:end]
@@ -534,6 +538,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="cpu is deterministic; cuda is faster")
     parser.add_argument("--save-every", type=float, default=300.0, help="seconds between checkpoints")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--export", type=Path, default=None)
