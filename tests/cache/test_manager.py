@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from kvtune.cache import KVCacheManager
+from kvtune.cache.hashing import chain_hashes, token_array
 from kvtune.errors import InvariantError, UsageError
 from kvtune.spec import KVGroup, LayerKind
-from kvtune.types import BlockCopy, MissCause
+from kvtune.types import BlockCopy, BlockHash, MissCause
 
 SHAPE = {"num_kv_heads": 1, "k_head_dim": 8, "v_head_dim": 8}
 FULL = KVGroup(index=0, kind=LayerKind.FULL, layers=(0,), **SHAPE)
@@ -342,11 +343,21 @@ def test_misuse_is_an_invariant_error(call, message):
         call(manager)
 
 
-def test_block_hashes_of_other_tokens_are_refused():
+def test_more_block_hashes_than_full_blocks_are_refused():
     manager = manager_of()
-    match = manager.match([1, 2, 3])
-    with pytest.raises(InvariantError, match="1 block hashes do not belong to 4 tokens"):
-        manager.match([1, 2, 3, 4], block_hashes=match.block_hashes)
+    match = manager.match([1, 2, 3, 4])
+    with pytest.raises(InvariantError, match="2 block hashes do not belong to 3 tokens"):
+        manager.match([1, 2, 3], block_hashes=match.block_hashes)
+
+
+def test_hashes_of_leading_blocks_are_continued_with_the_tokens_behind_them():
+    manager = manager_of()
+    tokens = [1, 2, 3, 4, 5, 6]
+    known = manager.match(tokens[:3]).block_hashes
+    assert manager.match(tokens, block_hashes=known) == manager.match(tokens)
+    named = (BlockHash(b"named by a trace"),)
+    behind = manager.match(tokens, block_hashes=named).block_hashes
+    assert behind == (*named, *chain_hashes(named[0], token_array(tokens[2:]), 2))
 
 
 def test_a_stale_match_is_refused():

@@ -21,6 +21,7 @@ class Holding:
     __slots__ = (
         "hashes",
         "is_private",
+        "may_share_last",
         "num_computed",
         "num_published",
         "num_released",
@@ -40,6 +41,7 @@ class Holding:
         self.num_released = [0] * len(tables)  # leading blocks that left the window
         self.promised = [0] * len(tables)  # body blocks that passed the room test but are not taken yet
         self.is_private = False  # publishes nothing any more
+        self.may_share_last = False  # forked once: its partially computed block may be in another table
 
 
 def shared_block(group: GroupCache, holding: Holding, table: Table[int]) -> BlockId | None:

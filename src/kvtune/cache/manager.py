@@ -66,6 +66,7 @@ class KVCacheManager:
             GroupCache(group, n, f, block_size=block_size, policy=policy_factory(policy))
             for group, n, f in zip(groups, num_blocks, firsts, strict=True)
         ]
+        self._windowed = [g for g, group in enumerate(groups) if group.window is not None]
         self._holdings: dict[RequestId, Holding] = {}
         self._in_flight: dict[BlockHash, RequestId] = {}  # hash -> who is computing it for the first time
         self._stats = CacheStats()
@@ -82,16 +83,15 @@ class KVCacheManager:
     ) -> PrefixMatch:
         """The longest cached prefix that leaves at least one token to compute. No side effects.
 
-        `block_hashes` of an earlier match of the same tokens and salt save hashing them again.
+        `block_hashes` of leading full blocks, known from an earlier match of these tokens (or of fewer of
+        them) and this salt, save hashing them again.
         """
         num_tokens = len(token_ids)
         root = root_hash(self._fingerprint, cache_salt)
         if not self.enable_prefix_caching or not num_tokens:
             misses = {MissCause.DISABLED: num_tokens} if num_tokens else {}
             return PrefixMatch(num_tokens=0, blocks=self._no_blocks, misses=misses, root=root)
-        hashes = tuple(block_hashes) if block_hashes is not None else self._hash(root, token_ids)
-        if len(hashes) != num_tokens // self.block_size:
-            raise InvariantError(f"{len(hashes)} block hashes do not belong to {num_tokens} tokens")
+        hashes = self._continued(root, token_ids, tuple(block_hashes or ()))
         limit = (num_tokens - 1) // self.block_size
         found = longest_match(self._groups, hashes, limit)
         leader, awaited = self._leader(hashes[found.boundary : limit])
@@ -105,8 +105,19 @@ class KVCacheManager:
             block_hashes=hashes,
         )
 
-    def _hash(self, root: BlockHash, token_ids: Tokens) -> tuple[BlockHash, ...]:
-        return tuple(chain_hashes(root, token_array(token_ids), self.block_size))
+    def _hash(self, parent: BlockHash, token_ids: Tokens) -> tuple[BlockHash, ...]:
+        return tuple(chain_hashes(parent, token_array(token_ids), self.block_size))
+
+    def _continued(
+        self, root: BlockHash, token_ids: Tokens, known: tuple[BlockHash, ...]
+    ) -> tuple[BlockHash, ...]:
+        """`known` hashes and those of the full blocks behind them."""
+        num_full = len(token_ids) // self.block_size
+        if len(known) > num_full:
+            raise InvariantError(f"{len(known)} block hashes do not belong to {len(token_ids)} tokens")
+        if len(known) == num_full:
+            return known
+        return known + self._hash(known[-1] if known else root, token_ids[len(known) * self.block_size :])
 
     def _leader(self, missing: Sequence[BlockHash]) -> tuple[RequestId | None, BlockHash | None]:
         leader = self._in_flight.get(missing[0]) if missing else None
@@ -199,6 +210,8 @@ class KVCacheManager:
         return _NO_COPIES
 
     def _extend(self, holding: Holding, num_tokens: int, reserve: float) -> Allocation | None:
+        if not holding.may_share_last and num_tokens <= len(holding.tables[0]) * self.block_size:
+            return _NO_COPIES  # most decode steps: the block at hand has room
         needs = needed_blocks(self._groups, holding, num_tokens)
         if not any(body or first for body, first in needs):
             return _NO_COPIES
@@ -260,16 +273,16 @@ class KVCacheManager:
                 f"request {request_id!r}: cannot commit {num_computed} tokens after {holding.num_computed}, "
                 f"with {capacity} slots and {len(token_ids)} tokens"
             )
-        self._refuse_shared_write(request_id, holding, num_computed)
+        if holding.may_share_last:
+            self._refuse_shared_write(request_id, holding, num_computed)
         holding.num_computed = num_computed
         num_full = num_computed // self.block_size
         if num_full > holding.num_published:
             if self.enable_prefix_caching and not holding.is_private:
                 self._publish(request_id, holding, token_ids, num_full)
             holding.num_published = num_full
-        for g, group in enumerate(self._groups):
-            if group.window is not None:
-                self._release_passed(g, holding)
+        for g in self._windowed:
+            self._release_passed(g, holding)
 
     def _refuse_shared_write(self, request_id: RequestId, holding: Holding, num_computed: int) -> None:
         if num_computed == holding.num_computed:
@@ -318,6 +331,7 @@ class KVCacheManager:
         child.num_published = parent.num_published
         child.num_released = [min(n, num_blocks) for n in parent.num_released]
         child.is_private = parent.is_private
+        child.may_share_last = parent.may_share_last = True
         for group, table in zip(self._groups, child.tables, strict=True):
             group.pool.incref([BlockId(b) for b in table])
         self._holdings[child_id] = child

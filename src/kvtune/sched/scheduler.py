@@ -32,6 +32,7 @@ from kvtune.sched.sequence import Sequence, SequenceView, Status
 from kvtune.sched.step import StepPlan
 from kvtune.types import (
     Admission,
+    BlockHash,
     FinishReason,
     MissCause,
     Request,
@@ -75,12 +76,17 @@ class Scheduler:
 
     # --- requests come and go
 
-    def add(self, request: Request) -> SequenceView:
-        """Queue a request. UsageError when it can never be served or its id is in use."""
+    def add(self, request: Request, *, block_hashes: tuple[BlockHash, ...] = ()) -> SequenceView:
+        """Queue a request. UsageError when it can never be served or its id is in use.
+
+        `block_hashes` of the prompt's leading full blocks, where the caller knows them (a trace may name
+        blocks without saying their tokens); the rest is hashed from the token ids.
+        """
         self._refuse_known(request.request_id)
         prompt = request.prompt_token_ids
         refuse_unservable(request, len(prompt), self._manager, self._max_model_len)
         sequence = self._register(Sequence(request, prompt, order=self._num_submitted))
+        sequence.block_hashes = block_hashes
         self._waiting.add(sequence)
         return sequence
 
@@ -143,7 +149,8 @@ class Scheduler:
             raise InvariantError("schedule() was called again before update() of the step before")
         self._finished.clear()
         step = StepPlan(budget=self._config.max_num_batched_tokens)
-        for sequence in sorted(self._running, key=lambda s: (not s.is_decoding, s.key)):
+        prefills = [s for s in self._running if not s.is_decoding]
+        for sequence in [s for s in self._running if s.is_decoding] + prefills:
             if sequence.status is Status.RUNNING and step.budget > 0:
                 self._schedule_running(step, sequence)
         if not step.preempted:

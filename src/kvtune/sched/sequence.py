@@ -89,7 +89,7 @@ class Sequence:
         self.most_computed_tokens = 0  # what recomputation after a preemption is measured against
         self.misses: Mapping[MissCause, int] = {}
         self.finish_reason: FinishReason | None = None
-        self.block_hashes: tuple[BlockHash, ...] | None = None  # of all tokens now; None: hash them
+        self.block_hashes: tuple[BlockHash, ...] = ()  # of leading full blocks, as far as known
         self.awaited: BlockHash | None = None  # block of this prefix another request is computing
         self._buffer: TokenArray = np.array(prompt, dtype=np.int32)
         self._first_scheduled_s: float | None = None
@@ -167,7 +167,6 @@ class Sequence:
             self._buffer = grown
         self._buffer[self.num_tokens] = token_id
         self.num_tokens += 1
-        self.block_hashes = None
         self._token_times_s.append(now_s)
 
     def inherit(self, parent: Sequence) -> None:
