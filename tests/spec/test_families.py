@@ -8,7 +8,14 @@ import pytest
 
 from kvtune.errors import UnsupportedModelError
 from kvtune.plan import find_model
-from kvtune.spec import KVFormat, LayerKind, ModelSpec, growth_bytes_per_token, logical_bytes
+from kvtune.spec import (
+    KVFormat,
+    LayerKind,
+    ModelSpec,
+    fixed_bytes_per_sequence,
+    growth_bytes_per_token,
+    logical_bytes,
+)
 
 BF16 = KVFormat.of("bf16")
 LLAMA = {
@@ -130,6 +137,38 @@ def test_the_checkpoint_type_is_found_in_the_outer_config_too() -> None:
     assert ModelSpec.from_config({"torch_dtype": "float32", "text_config": LLAMA}).dtype == "fp32"
 
 
+def test_kimi_linear_counts_its_listed_layers_from_one() -> None:
+    linear = {"full_attn_layers": [4], "kda_layers": [1, 2, 3], "num_heads": 32, "head_dim": 128,
+              "short_conv_kernel_size": 4}  # fmt: skip
+    spec = read(model_type="kimi_linear", kv_lora_rank=512, qk_rope_head_dim=64, linear_attn_config=linear)
+    assert kinds(spec) == ["linear_attention"] * 3 + ["mla"]
+    assert spec.layers[0].state_bytes == 32 * 128 * 128 * 4 + 3 * 32 * 128 * 3 * 2
+    assert growth_bytes_per_token(spec, BF16) == (512 + 64) * 2
+
+
+def test_falcon_h1_keeps_attention_and_state_in_every_layer() -> None:
+    spec = read(model_type="falcon_h1", mamba_n_heads=24, mamba_d_head=128, mamba_d_state=256,
+                mamba_n_groups=1, mamba_d_conv=4)  # fmt: skip
+    assert kinds(spec) == ["full_attention"] * 4
+    assert {layer.state_kind for layer in spec.layers} == {LayerKind.MAMBA2}
+    assert growth_bytes_per_token(spec, BF16) == 4 * 2 * 2 * 64 * 2
+    state = 24 * 128 * 256 * 4 + (24 * 128 + 2 * 256) * 3 * 2
+    assert fixed_bytes_per_sequence(spec, BF16) == 4 * state
+
+
+def test_lfm2_keeps_two_past_inputs_per_channel_beside_its_attention_layers() -> None:
+    spec = read(model_type="lfm2", conv_L_cache=3, full_attn_idxs=[1])
+    assert kinds(spec) == ["conv", "full_attention", "conv", "conv"]
+    assert fixed_bytes_per_sequence(spec, BF16) == 3 * 512 * 2 * 2
+
+
+def test_layers_that_borrow_an_index_store_none() -> None:
+    latent = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "index_head_dim": 128}
+    borrowing = read(model_type="glm_moe_dsa", indexer_types=["full", "full", "shared", "shared"], **latent)
+    assert [layer.index_bytes for layer in borrowing.layers] == [132, 132, 0, 0]
+    assert growth_bytes_per_token(borrowing, BF16) == 4 * 1152 + 2 * 132
+
+
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
@@ -150,6 +189,19 @@ def test_the_checkpoint_type_is_found_in_the_outer_config_too() -> None:
         ({"model_type": "gemma3n_text", "num_kv_shared_layers": 4}, "no layer of that kind stores any"),
         ({"model_type": "jamba", "mamba_ssm_dtype": "int3"}, "'int3'"),
         ({"model_type": "deepseek_v3"}, "kv_lora_rank"),
+        ({"model_type": "lfm2", "full_attn_idxs": [9], "conv_L_cache": 3}, "'full_attn_idxs'"),
+        ({"model_type": "lfm2", "full_attn_idxs": [0]}, "conv_L_cache"),
+        ({"model_type": "kimi_linear", "linear_attn_config": {"full_attn_layers": [4]}}, "'kda_layers'"),
+        ({"model_type": "falcon_h1", "mamba_n_heads": 4, "mamba_d_head": "auto"}, "mamba_d_head"),
+        (
+            {
+                "model_type": "glm_moe_dsa",
+                "indexer_types": ["full"],
+                "kv_lora_rank": 8,
+                "qk_rope_head_dim": 8,
+            },
+            "'indexer_types'",
+        ),
         ({"per_layer_config": {"9": {"head_dim": 8}}}, "per_layer_config"),
         ({"num_key_value_heads": 0}, "num_key_value_heads"),
         ({"num_key_value_heads": 2**40}, "num_key_value_heads"),

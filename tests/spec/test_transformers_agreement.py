@@ -16,7 +16,8 @@ HEADS = {LayerKind.FULL, LayerKind.SLIDING, LayerKind.CHUNKED}
 SAME = {"linear_attention": {LayerKind.LINEAR, LayerKind.MAMBA1, LayerKind.MAMBA2}, "moe": {LayerKind.NONE},
         "mlp": {LayerKind.NONE}, "indexed_attention": {LayerKind.MLA},
         "full_attention": {LayerKind.FULL, LayerKind.MLA}, "sliding_attention": {LayerKind.SLIDING},
-        "chunked_attention": {LayerKind.CHUNKED}}  # fmt: skip
+        "chunked_attention": {LayerKind.CHUNKED}, "conv": {LayerKind.CONV},
+        "hybrid": {LayerKind.FULL}}  # fmt: skip
 MODEL_TYPES = sorted(set(FAMILIES) - REMOTE_ONLY)
 
 

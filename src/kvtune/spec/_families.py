@@ -34,6 +34,7 @@ _LAYER_WORDS: Final[Mapping[str, _Role]] = MappingProxyType({
     "linear_attention": _RECURRENT,
     "mamba": _RECURRENT,
     "M": _RECURRENT,
+    "conv": LayerKind.CONV,
     "moe": LayerKind.NONE,
     "E": LayerKind.NONE,
     "mlp": LayerKind.NONE,
@@ -49,6 +50,10 @@ PatternRule = Callable[[Fields, int], Roles]
 
 def _all_full(_config: Fields, count: int) -> Roles:
     return (_ATTENTION,) * count
+
+
+def _all_recurrent(_config: Fields, count: int) -> Roles:
+    return (_RECURRENT,) * count
 
 
 def _uniform_window(config: Fields, count: int) -> Roles:
@@ -116,19 +121,53 @@ def _offset_period(config: Fields, count: int) -> Roles:
     return tuple(_ATTENTION if i % period == offset else _RECURRENT for i in range(count))
 
 
+def _chosen(indices_field: str, other: _Role, *, without: _Role) -> PatternRule:
+    """Attention where the config lists the layer's index, `other` elsewhere; `without` a list, one role."""
+
+    def rule(config: Fields, count: int) -> Roles:
+        listed = config.sequence(indices_field)
+        if listed is None:
+            return (without,) * count
+        wrong = next((i for i in listed if not isinstance(i, int) or not 0 <= i < count), None)
+        if wrong is not None:
+            raise UnsupportedModelError(
+                f"config field {indices_field!r}: {show(wrong)} is not one of {count} layers"
+            )
+        return tuple(_ATTENTION if i in listed else other for i in range(count))
+
+    return rule
+
+
+def _kimi_layers(config: Fields, count: int) -> Roles:
+    """Kimi Linear: two lists of layers, counted from 1, that cover every layer once."""
+    full = config.sequence("linear_attn_config.full_attn_layers")
+    linear = config.sequence("linear_attn_config.kda_layers")
+    if full is None and linear is None:
+        return tuple(_ATTENTION if i and i % 4 == 0 else _RECURRENT for i in range(count))
+    named = [*(full or ()), *(linear or ())]
+    if len(named) != count or any(i not in named for i in range(1, count + 1)):
+        raise UnsupportedModelError(
+            f"config field 'linear_attn_config': 'full_attn_layers' and 'kda_layers' must name each of "
+            f"{count} layers once, found {len(named)} entries"
+        )
+    return tuple(_ATTENTION if i + 1 in (full or ()) else _RECURRENT for i in range(count))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """One row. `defaults` are values that published config files of the family leave out.
 
     `full_overrides`: geometry field -> field that replaces it in full-attention layers.
     `gated_overrides`: those of them that count only where the named flag is set.
+    `beside`: a recurrent kind that every attention layer holds as well (Falcon-H1).
     """
 
     pattern: PatternRule = _all_full
     attention: LayerKind = LayerKind.FULL
     recurrent: LayerKind | None = None
+    beside: LayerKind | None = None
     layer_types_field: str = "layer_types"
-    aliases: Mapping[str, str] = field(default_factory=dict[str, str])
+    aliases: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict[str, str | tuple[str, ...]])
     defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])
     full_overrides: Mapping[str, str] = field(default_factory=dict[str, str])
     gated_overrides: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -236,6 +275,23 @@ _SLIDES_3_OF_4 = Family(
     defaults={"sliding_window_pattern": 4, "sliding_window": 4096},
 )
 
+_MAMBA2_NAMES: Final = {
+    "mamba_num_heads": "mamba_n_heads", "mamba_head_dim": "mamba_d_head", "ssm_state_size": "mamba_d_state",
+    "n_groups": "mamba_n_groups", "conv_kernel": "mamba_d_conv",
+}  # fmt: skip
+_KIMI_HEADS = ("linear_num_heads", "linear_attn_config.num_heads")
+_KIMI_DIM = ("linear_head_dim", "linear_attn_config.head_dim")
+_KIMI_LINEAR = Family(
+    pattern=_kimi_layers, attention=LayerKind.MLA, recurrent=LayerKind.LINEAR,
+    aliases={
+        "linear_num_key_heads": _KIMI_HEADS, "linear_num_value_heads": _KIMI_HEADS,
+        "linear_key_head_dim": _KIMI_DIM, "linear_value_head_dim": _KIMI_DIM,
+        "linear_conv_kernel_dim": "linear_attn_config.short_conv_kernel_size",
+        "max_position_embeddings": "model_max_length",
+    },
+)  # fmt: skip
+_SHORT_CONV = Family(pattern=_chosen("full_attn_idxs", LayerKind.CONV, without=_ATTENTION))
+
 FAMILIES: Final[Mapping[str, Family]] = MappingProxyType({
     "llama": _PLAIN, "gemma": Family(defaults={"head_dim": 256}), "olmo": _PLAIN, "olmo2": _PLAIN,
     "granite": _PLAIN, "granitemoe": _PLAIN, "glm": _HEAD_DIM_128,
@@ -243,7 +299,8 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType({
     "apertus": _PLAIN, "gpt_neox": _PLAIN, "seed_oss": _HEAD_DIM_128,
     "cohere": _PLAIN, "ernie4_5": _HEAD_DIM_128, "ernie4_5_moe": _PLAIN, "glm4_moe": _PLAIN,
     "granitemoeshared": _PLAIN, "minimax_m2": _HEAD_DIM_128, "nemotron": _PLAIN, "olmoe": _PLAIN,
-    "opt": _PLAIN, "persimmon": _PLAIN,
+    "opt": _PLAIN, "persimmon": _PLAIN, "hunyuan_v1_dense": _PLAIN, "flex_olmo": _PLAIN,
+    "solar_open": _HEAD_DIM_128, "hy_v3": _HEAD_DIM_128,
     "phimoe": _WINDOWED,
     "mistral": _WINDOWED, "mixtral": _WINDOWED, "phi3": _WINDOWED, "starcoder2": _WINDOWED,
     "ministral": _WINDOWED, "ministral3": _WINDOWED,
@@ -263,15 +320,29 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType({
     "gemma3": _GEMMA3, "gemma3_text": _GEMMA3, "gemma3n": _GEMMA3N, "gemma3n_text": _GEMMA3N,
     "gemma4": _GEMMA4, "gemma4_text": _GEMMA4,
     "cohere2": _SLIDES_3_OF_4, "olmo3": _SLIDES_3_OF_4, "exaone4": _SLIDES_3_OF_4,
+    "exaone_moe": _SLIDES_3_OF_4,
     "gpt_oss": Family(
         pattern=_every("sliding_window_pattern", LayerKind.SLIDING),
         defaults={"sliding_window_pattern": 2, "head_dim": 64, "sliding_window": 128},
     ),
     "llama4": _LLAMA4, "llama4_text": _LLAMA4,
     "deepseek_v2": _MLA, "deepseek_v3": _MLA, "deepseek_v32": _MLA, "kimi_k2": _MLA, "glm4_moe_lite": _MLA,
-    "qwen3_next": _GATED_DELTA,
+    "glm_moe_dsa": _MLA, "mistral4": _MLA, "kimi_linear": _KIMI_LINEAR,
+    "qwen3_next": _GATED_DELTA, "olmo_hybrid": Family(
+        pattern=_every("full_attention_interval", _RECURRENT), recurrent=LayerKind.LINEAR,
+        defaults={"full_attention_interval": 4},
+    ),
     "qwen3_5": _GATED_DELTA, "qwen3_5_text": _GATED_DELTA,
     "qwen3_5_moe": _GATED_DELTA, "qwen3_5_moe_text": _GATED_DELTA,
+    "lfm2": _SHORT_CONV, "lfm2_moe": _SHORT_CONV,
+    "bamba": Family(
+        pattern=_chosen("attn_layer_indices", _RECURRENT, without=_RECURRENT),
+        recurrent=LayerKind.MAMBA2, aliases=_MAMBA2_NAMES,
+    ),
+    "granitemoehybrid": Family(
+        pattern=_all_recurrent, recurrent=LayerKind.MAMBA2, aliases=_MAMBA2_NAMES,
+    ),
+    "falcon_h1": Family(beside=LayerKind.MAMBA2, aliases=_MAMBA2_NAMES),
     "jamba": Family(
         pattern=_offset_period, recurrent=LayerKind.MAMBA1,
         defaults={

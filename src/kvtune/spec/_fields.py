@@ -30,15 +30,16 @@ def show(value: object) -> str:
 class Fields:
     """Reads of one config dict. Every failure is an UnsupportedModelError that names field and value.
 
-    `aliases` maps the name we ask for to the family's own name; `defaults` holds the values that the
-    family's published config files leave out (keyed by the name we ask for).
+    `aliases` maps the name we ask for to the family's own name, or to several, tried in order; a name with
+    a dot lies in a nested dict. `defaults` holds the values that the family's published config files leave
+    out (keyed by the name we ask for).
     """
 
     def __init__(
         self,
         raw: Mapping[str, Any],
         *,
-        aliases: Mapping[str, str] | None = None,
+        aliases: Mapping[str, str | tuple[str, ...]] | None = None,
         defaults: Mapping[str, Any] | None = None,
     ) -> None:
         self._raw = raw
@@ -47,15 +48,34 @@ class Fields:
 
     def name(self, field: str) -> str:
         """The field's name in this config, for messages."""
-        alias = self._aliases.get(field)
-        return alias if alias is not None and field not in self._raw else field
+        own = self._own_names(field)
+        return next((name for name in own if self._holds(name)), own[0] if own else field)
 
     def get(self, field: str) -> Any:
-        """The raw value: under its own name, else the family's name, else the family's default, else None."""
-        for key in (field, self._aliases.get(field)):
-            if key is not None and key in self._raw:
-                return self._raw[key]
+        """The raw value: under its own name, else one of the family, else its default, else None."""
+        for name in (field, *self._own_names(field)):
+            holder, key = self._inside(name)
+            if key in holder:
+                return holder[key]
         return self._defaults.get(field)
+
+    def _own_names(self, field: str) -> tuple[str, ...]:
+        if field in self._raw:
+            return (field,)
+        names = self._aliases.get(field, ())
+        return (names,) if isinstance(names, str) else names
+
+    def _holds(self, name: str) -> bool:
+        holder, key = self._inside(name)
+        return key in holder
+
+    def _inside(self, name: str) -> tuple[Mapping[str, Any], str]:
+        """The dict a name lies in and its key there; a nested dict that is missing or none is empty."""
+        outer, dot, key = name.partition(".")
+        if not dot:
+            return self._raw, name
+        holder = self._raw.get(outer)
+        return (cast(Mapping[str, Any], holder) if isinstance(holder, Mapping) else {}), key
 
     def optional(self, field: str, high: int, *, low: int = 1) -> int | None:
         """A whole number in [low, high], or None where the field is absent or null."""

@@ -219,8 +219,8 @@ def _paged(spec: ModelSpec, group: KVGroup, kv: KVFormat, paging: Paging, block_
 def _state_terms(spec: ModelSpec, tp: int, align: int) -> list[AllocatorTerm]:
     """Recurrent layers whose state lies in arrays of its own, by kind."""
     terms: list[AllocatorTerm] = []
-    for kind in dict.fromkeys(layer.kind for layer in spec.layers if layer.state_bytes):
-        sizes = [_rank_state_bytes(layer, tp) for layer in spec.layers if layer.kind is kind]
+    for kind in dict.fromkeys(layer.state_kind for layer in spec.layers if layer.state_bytes):
+        sizes = [_rank_state_bytes(layer, tp) for layer in spec.layers if layer.state_kind is kind]
         allocated = sum(-(-size // align) * align for size in sizes)
         terms.append(
             AllocatorTerm(
@@ -269,7 +269,10 @@ def _vllm(spec: ModelSpec, kv: KVFormat, paging: Paging) -> tuple[AllocatorTerm,
         padded = -(-bucket.num_layers // size) * size
         if index < len(groups):
             at = dataclasses.replace(paging, block_size=bucket.block_size)
-            term = _paged(spec, groups[index], kv, at, padded * bucket.page_bytes)
+            block_bytes = padded * bucket.page_bytes
+            if not several:  # one group whose layers may differ: an index in some of them only (GLM-5.2)
+                block_bytes = bucket.block_size * _token_bytes(spec, groups[index], kv, paging.tp)
+            term = _paged(spec, groups[index], kv, at, block_bytes)
             terms.append(
                 dataclasses.replace(
                     term, padded_layers=padded, max_blocks=_vllm_window_blocks(groups[index], at)

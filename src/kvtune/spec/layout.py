@@ -25,6 +25,8 @@ class LayerKind(StrEnum):
     LINEAR = "linear_attention"
     MAMBA1 = "mamba1"
     MAMBA2 = "mamba2"
+    CONV = "conv"
+    """A short convolution (LFM2): a few past inputs per channel."""
     NONE = "none"
     """No attention, no state (an MLP-only layer)."""
 

@@ -29,7 +29,8 @@ class LayerSpec:
     kept (None: all; for chunked attention the chunk). MLA: `k_head_dim` is the latent plus its RoPE part
     (`latent_dim` + `rope_dim`), one head, no V; `index_bytes` per token come on top (DeepSeek-V3.2's fp8
     index). Recurrent layers: `state_elements` of `state_element_bytes` and `conv_elements` of 16 bits per
-    sequence. `shared_with` is the layer whose KV a shared layer reads.
+    sequence; `beside` names the recurrent kind of a layer that does attention as well (Falcon-H1).
+    `shared_with` is the layer whose KV a shared layer reads.
     """
 
     index: int
@@ -45,6 +46,12 @@ class LayerSpec:
     state_elements: int = 0
     state_element_bytes: int = 0
     conv_elements: int = 0
+    beside: LayerKind | None = None
+
+    @property
+    def state_kind(self) -> LayerKind:
+        """The kind whose recurrent state the layer holds."""
+        return self.beside or self.kind
 
     @property
     def state_bytes(self) -> int:
@@ -150,8 +157,9 @@ def _checkpoint_dtype(fields: Fields, config: Mapping[str, Any]) -> str:
 
 
 def _build_layers(fields: Fields, family: Family, kinds: Sequence[LayerKind]) -> tuple[LayerSpec, ...]:
-    templates = {kind: _BUILDERS[kind](fields, family, kind) for kind in dict.fromkeys(kinds)}
+    templates = {kind: _template(fields, family, kind) for kind in dict.fromkeys(kinds)}
     overrides = _per_layer_overrides(fields, len(kinds))
+    borrowers = _without_index(fields, len(kinds))
     num_shared = fields.optional("num_kv_shared_layers", len(kinds), low=0) or 0
     first_shared = len(kinds) - num_shared
     layers: list[LayerSpec] = []
@@ -159,9 +167,33 @@ def _build_layers(fields: Fields, family: Family, kinds: Sequence[LayerKind]) ->
         if index >= first_shared and kind in PAGED_KINDS:
             layers.append(_shared_layer(index, kind, kinds[:first_shared]))
             continue
-        own = overrides.get(index, {}) if kind in _HEAD_KINDS else {}
+        own: Values = dict(overrides.get(index, {})) if kind in _HEAD_KINDS else {}
+        if index in borrowers:
+            own = {"index_bytes": 0}
         layers.append(LayerSpec(index=index, kind=kind, **{**templates[kind], **own}))
     return tuple(layers)
+
+
+def _template(fields: Fields, family: Family, kind: LayerKind) -> Values:
+    values = _BUILDERS[kind](fields, family, kind)
+    if family.beside is not None and kind in _HEAD_KINDS:
+        values |= {**_BUILDERS[family.beside](fields, family, family.beside), "beside": family.beside}
+    return values
+
+
+def _without_index(fields: Fields, count: int) -> frozenset[int]:
+    """Layers that reuse the selection of an earlier layer's index and store none (GLM-5.2)."""
+    types = fields.sequence("indexer_types")
+    if types is None:
+        return frozenset()
+    known = {"full", "shared"}
+    wrong = next((word for word in types if not isinstance(word, str) or word not in known), None)
+    if wrong is not None or len(types) != count:
+        found = show(wrong) if wrong is not None else f"{len(types)} entries"
+        raise UnsupportedModelError(
+            f"config field 'indexer_types': expected 'full' or 'shared' for {count} layers, found {found}"
+        )
+    return frozenset(index for index, word in enumerate(types) if word == "shared")
 
 
 def _shared_layer(index: int, kind: LayerKind, owners: Sequence[LayerKind]) -> LayerSpec:
@@ -305,6 +337,12 @@ def _mamba2(fields: Fields, _family: Family, _kind: LayerKind) -> Values:
     }
 
 
+def _short_conv(fields: Fields, _family: Family, _kind: LayerKind) -> Values:
+    """LFM2: the last inputs of a short convolution, per channel."""
+    taps = fields.number("conv_L_cache", MAX_HEADS) - 1
+    return {"conv_elements": fields.number("hidden_size", MAX_DIM) * taps}
+
+
 def _nothing(_fields: Fields, _family: Family, _kind: LayerKind) -> Values:
     return {}
 
@@ -317,5 +355,6 @@ _BUILDERS: Mapping[LayerKind, Callable[[Fields, Family, LayerKind], Values]] = {
     LayerKind.LINEAR: _gated_delta,
     LayerKind.MAMBA1: _mamba1,
     LayerKind.MAMBA2: _mamba2,
+    LayerKind.CONV: _short_conv,
     LayerKind.NONE: _nothing,
 }
