@@ -108,11 +108,14 @@ def test_models_the_dense_formula_does_not_fit_are_not_guessed(name: str) -> Non
 
 
 def test_every_bundled_model_can_be_read_and_weighed() -> None:
-    assert len(bundled_models()) >= 13
+    families: set[str] = set()
     for name in bundled_models():
         source = find_model(name)
-        assert ModelSpec.from_config(source.config).layers
+        spec = ModelSpec.from_config(source.config)
+        families.add(spec.model_type)
+        assert spec.layers
         assert (source.weights_bytes or 0) > 10**9
+    assert len(families) >= 25
 
 
 @pytest.mark.parametrize(

@@ -80,5 +80,7 @@ def test_values_that_files_leave_out_are_the_config_classs_defaults(model_type: 
 @pytest.mark.parametrize("name", bundled_models())
 def test_a_bundled_file_reads_the_same_as_the_config_transformers_makes_of_it(name: str) -> None:
     raw = {key: value for key, value in find_model(name).config.items() if key != "quantization_config"}
+    if raw["model_type"] in REMOTE_ONLY:
+        pytest.skip("published with its own code")
     made = transformers.CONFIG_MAPPING[raw["model_type"]](**raw)
     assert ModelSpec.from_config(made.to_dict()).layers == ModelSpec.from_config(raw).layers
