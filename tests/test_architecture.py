@@ -14,9 +14,9 @@ import kvtune
 HEAVY = ("torch", "transformers", "triton", "vllm", "optuna", "tokenizers")
 TENSOR_FREE = (
     "kvtune", "kvtune.types", "kvtune.config", "kvtune.spec", "kvtune.target", "kvtune.recipe", "kvtune.plan",
-    "kvtune.workload", "kvtune.predict", "kvtune.cache", "kvtune.sched", "kvtune.report", "kvtune.quality", "kvtune.tune",
-    "kvtune.cli.main", "kvtune.cli.plan", "kvtune.cli.trace", "kvtune.cli.tune", "kvtune.cli.emit",
-    "kvtune.cli.bench", "kvtune.cli.doctor",
+    "kvtune.workload", "kvtune.predict", "kvtune.cache", "kvtune.sched", "kvtune.report", "kvtune.quality",
+    "kvtune.tune", "kvtune.cli.main", "kvtune.cli.plan", "kvtune.cli.trace", "kvtune.cli.tune",
+    "kvtune.cli.emit", "kvtune.cli.bench", "kvtune.cli.doctor",
 )  # fmt: skip
 
 
