@@ -13,9 +13,9 @@ own), so the two never replace each other and each has its own free list and pol
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 
-from kvtune.cache.eviction import EvictionPolicy
+from kvtune.cache.eviction import EvictionPolicy, PolicyFactory
 from kvtune.cache.prefix_index import PrefixIndex
 from kvtune.cache.records import PoolUsage
 from kvtune.errors import InvariantError
@@ -47,13 +47,13 @@ class BlockPool:
         num_blocks: int,
         num_first_blocks: int,
         *,
-        policy: Callable[[], EvictionPolicy],
+        policy: PolicyFactory,
         index: PrefixIndex,
     ) -> None:
         self._ref_count = [0] * (num_blocks + num_first_blocks)
         self._hashes: list[BlockHash | None] = [None] * (num_blocks + num_first_blocks)
-        self._body = _Arena(0, num_blocks, policy())
-        self._first = _Arena(num_blocks, num_first_blocks, policy())
+        self._body = _Arena(0, num_blocks, policy(num_blocks))
+        self._first = _Arena(num_blocks, num_first_blocks, policy(num_first_blocks))
         self._policy = policy
         self._index = index
         self.num_evicted = 0
@@ -91,6 +91,13 @@ class BlockPool:
 
     def is_idle(self, block_id: BlockId) -> bool:
         return self._ref_count[block_id] == 0 and self._hashes[block_id] is not None
+
+    def begin(self, hashes: Sequence[BlockHash], num_hit: int) -> None:
+        """Tell the policies that a request was admitted; see `EvictionPolicy.begin`."""
+        num_first = min(1, len(hashes)) if self.has_first else 0
+        if num_first:
+            self._first.policy.begin(hashes[:1], min(1, num_hit))
+        self._body.policy.begin(hashes[num_first:], max(0, num_hit - num_first))
 
     def allocate(self, *, first: bool = False) -> BlockId:
         """A private block with ref_count 1, evicting the policy's victim when none is free."""
@@ -141,11 +148,14 @@ class BlockPool:
                 else:
                     arena.policy.unpin(block_id)
 
-    def publish(self, block_id: BlockId, block_hash: BlockHash, *, depth: int) -> BlockId:
+    def publish(
+        self, block_id: BlockId, block_hash: BlockHash, *, depth: int, parent: BlockId = NULL_BLOCK
+    ) -> BlockId:
         """Make a full, computed block findable and immutable; returns the canonical block.
 
-        When another block already holds this content, that one stays canonical: it is returned with
-        one reference more, and the reference on `block_id` is given back.
+        `parent` is the block before it, null where there is none or its window has passed. When another
+        block already holds this content, that one stays canonical: it is returned with one reference
+        more, and the reference on `block_id` is given back.
         """
         if self._hashes[block_id] is not None:
             if self._hashes[block_id] != block_hash:
@@ -159,7 +169,10 @@ class BlockPool:
             return canonical
         self._index.insert(block_hash, block_id)
         self._hashes[block_id] = block_hash
-        self._arena(block_id).policy.insert(block_id, depth=depth)
+        is_apart = parent < 0 or self.is_first(parent) != self.is_first(block_id)
+        self._arena(block_id).policy.insert(
+            block_id, depth=depth, content=block_hash, parent=None if is_apart else parent
+        )
         self.num_published += 1
         return block_id
 
@@ -181,7 +194,8 @@ class BlockPool:
                 self._hashes[block_id] = None
                 if self._ref_count[block_id] == 0:
                     self._arena(BlockId(block_id)).free.append(BlockId(block_id))
-        self._body.policy, self._first.policy = self._policy(), self._policy()
+        for arena in (self._body, self._first):
+            arena.policy = self._policy(arena.size)
         self._index.clear()
 
     def check(self, references: Counter[BlockId]) -> None:

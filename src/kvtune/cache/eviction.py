@@ -15,24 +15,36 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
 from kvtune.errors import UsageError
 from kvtune.types import BlockId
 
-__all__ = ["FIFO", "LRU", "POLICIES", "EvictionPolicy", "policy_factory"]
+__all__ = ["FIFO", "LRU", "POLICIES", "EvictionPolicy", "PolicyFactory", "policy_factory"]
 
 
 class EvictionPolicy(Protocol):
     """Orders the idle blocks of one pool. Every verb costs O(log n) or less, amortised; one thread.
 
     The caller inserts a block once, pins and unpins it in turn, and removes it once; anything else
-    is a caller's bug and raises KeyError.
+    is a caller's bug and raises KeyError. Block ids are places in the pool and are used again for other
+    content; `content` names what a block holds, its whole prefix included, and outlives an eviction.
+    Decide by these calls alone, never by a clock or chance of one's own: the engine, the simulator and
+    the replay core make the same calls in the same order.
     """
 
-    def insert(self, block_id: BlockId, *, depth: int) -> None:
-        """The block became resident, pinned. `depth` is its index in the sequence, 0 for the head."""
+    def begin(self, contents: Sequence[Hashable], num_hit: int) -> None:
+        """A request was admitted: the contents of its prompt's full blocks, head to tail, of which the
+        first `num_hit` are resident and pinned next. The rest is inserted once it is computed. Blocks that
+        another request uses at this moment are pinned already and not pinned again."""
+        ...
+
+    def insert(
+        self, block_id: BlockId, *, depth: int, content: Hashable = None, parent: BlockId | None = None
+    ) -> None:
+        """The block became resident, pinned. `depth` is its index in the sequence, 0 for the head;
+        `parent` is the resident block before it, None for a head or where that block left its window."""
         ...
 
     def pin(self, block_id: BlockId) -> None:
@@ -59,11 +71,16 @@ class EvictionPolicy(Protocol):
 class LRU:
     """Least recently used; O(1)."""
 
-    def __init__(self) -> None:
+    def __init__(self, capacity: int = 0) -> None:
         self._pinned: set[BlockId] = set()
         self._candidates: OrderedDict[BlockId, None] = OrderedDict()
 
-    def insert(self, block_id: BlockId, *, depth: int) -> None:
+    def begin(self, contents: Sequence[Hashable], num_hit: int) -> None:
+        pass
+
+    def insert(
+        self, block_id: BlockId, *, depth: int, content: Hashable = None, parent: BlockId | None = None
+    ) -> None:
         if block_id in self._pinned or block_id in self._candidates:
             raise KeyError(block_id)
         self._pinned.add(block_id)
@@ -89,14 +106,19 @@ class LRU:
 class FIFO:
     """First inserted, first out; use does not matter. O(log n): a heap whose stale tops are skipped."""
 
-    def __init__(self) -> None:
+    def __init__(self, capacity: int = 0) -> None:
         self._inserted: dict[BlockId, int] = {}
         self._num_inserted = 0
         self._candidates: set[BlockId] = set()
         self._heap: list[tuple[int, BlockId]] = []
         self._queued: set[BlockId] = set()  # resident blocks that already have a live heap entry
 
-    def insert(self, block_id: BlockId, *, depth: int) -> None:
+    def begin(self, contents: Sequence[Hashable], num_hit: int) -> None:
+        pass
+
+    def insert(
+        self, block_id: BlockId, *, depth: int, content: Hashable = None, parent: BlockId | None = None
+    ) -> None:
         if block_id in self._inserted:
             raise KeyError(block_id)
         self._inserted[block_id] = self._num_inserted
@@ -134,10 +156,13 @@ class FIFO:
         return len(self._candidates)
 
 
-POLICIES: dict[str, Callable[[], EvictionPolicy]] = {"lru": LRU, "fifo": FIFO}
+PolicyFactory = Callable[[int], EvictionPolicy]
+"""Builds the policy of one pool from the number of blocks the pool has."""
+
+POLICIES: dict[str, PolicyFactory] = {"lru": LRU, "fifo": FIFO}
 
 
-def policy_factory(policy: str | Callable[[], EvictionPolicy]) -> Callable[[], EvictionPolicy]:
+def policy_factory(policy: str | PolicyFactory) -> PolicyFactory:
     """A built-in by name, or the caller's own factory as it is. UsageError names the known ones."""
     if not isinstance(policy, str):
         return policy

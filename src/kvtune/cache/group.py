@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from kvtune.cache.block_pool import NULL_BLOCK, BlockPool
-from kvtune.cache.eviction import EvictionPolicy
+from kvtune.cache.eviction import PolicyFactory
 from kvtune.cache.prefix_index import HashIndex
 from kvtune.cache.records import GroupUsage
 from kvtune.spec import KVGroup
@@ -30,7 +30,7 @@ class GroupCache:
         num_first_blocks: int,
         *,
         block_size: int,
-        policy: Callable[[], EvictionPolicy],
+        policy: PolicyFactory,
     ) -> None:
         self.group = group
         self.block_size = block_size
@@ -44,6 +44,14 @@ class GroupCache:
         if self.window is None:
             return 0
         return max(0, position - self.window + 1) // self.block_size
+
+    def release_points(self, start: int, end: int) -> range:
+        """Positions in (start, end] whose query is the first not to see some block."""
+        if self.window is None:
+            return range(0)
+        offset, size = self.window - 1, self.block_size
+        passed = max(0, start - offset) // size
+        return range(offset + (passed + 1) * size, end + 1, size)
 
     def peak_blocks(self, num_tokens: int, chunk: int) -> int:
         """Most blocks a sequence of `num_tokens` holds at once when computed `chunk` tokens a step."""

@@ -15,13 +15,13 @@ Nothing here knows tensors: the engine and the simulator run the same manager.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from kvtune.cache.block_pool import NULL_BLOCK
-from kvtune.cache.eviction import EvictionPolicy, policy_factory
+from kvtune.cache.eviction import PolicyFactory, policy_factory
 from kvtune.cache.group import GroupCache, Table
 from kvtune.cache.hashing import chain_hashes, root_hash, token_array
 from kvtune.cache.holding import Holding, has_room, needed_blocks, peak_needs, shared_block
@@ -53,7 +53,7 @@ class KVCacheManager:
         *,
         block_size: int,
         enable_prefix_caching: bool = True,
-        policy: str | Callable[[], EvictionPolicy] = "lru",
+        policy: str | PolicyFactory = "lru",
         fingerprint: bytes = b"",
         num_first_blocks: Sequence[int] | None = None,
     ) -> None:
@@ -195,10 +195,11 @@ class KVCacheManager:
             needs = peak_needs(self._groups, holding, needs, num_tokens=peak, chunk=chunk)
         if not has_room(self._groups, needs, reserve, revived=match.blocks, keep_promises=is_gated):
             return None
+        holding.num_published = match.num_tokens // self.block_size
         for group, blocks in zip(self._groups, match.blocks, strict=True):
+            group.pool.begin(match.block_hashes, holding.num_published)
             group.pool.incref(blocks)
         self._holdings[request_id] = holding
-        holding.num_published = match.num_tokens // self.block_size
         holding.num_released = [g.first_visible(match.num_tokens) for g in self._groups]
         holding.promised = [body for body, _ in needs]
         for group, promised in zip(self._groups, holding.promised, strict=True):
@@ -284,6 +285,23 @@ class KVCacheManager:
         for g in self._windowed:
             self._release_passed(g, holding)
 
+    def may_share_last(self, request_id: RequestId) -> bool:
+        """Whether a fork may hold the request's partially computed block too."""
+        return self._holding(request_id).may_share_last
+
+    def growth_points(self, start: int, end: int) -> range:
+        """Lengths in (start, end] at which a sequence with `start` tokens computed needs a new block."""
+        size = self.block_size
+        return range(-(-start // size) * size + 1, end + 1, size)
+
+    def commit_points(self, start: int, end: int) -> list[int]:
+        """Numbers of computed tokens in (start, end] at which `commit` publishes or releases a block."""
+        size = self.block_size
+        points = set(range((start // size + 1) * size, end + 1, size))
+        for g in self._windowed:
+            points.update(self._groups[g].release_points(start, end))
+        return sorted(points)
+
     def _refuse_shared_write(self, request_id: RequestId, holding: Holding, num_computed: int) -> None:
         if num_computed == holding.num_computed:
             return
@@ -296,7 +314,8 @@ class KVCacheManager:
         for i in range(holding.num_published, num_full):
             block_hash = holding.hashes[i]
             for group, table in zip(self._groups, holding.tables, strict=True):
-                table[i] = group.pool.publish(BlockId(table[i]), block_hash, depth=i)
+                parent = BlockId(table[i - 1]) if i else NULL_BLOCK
+                table[i] = group.pool.publish(BlockId(table[i]), block_hash, depth=i, parent=parent)
             if self._in_flight.get(block_hash) == request_id:
                 del self._in_flight[block_hash]
 

@@ -160,6 +160,7 @@ class LeafFirstSuite:
         for _ in range(3000):
             path = tuple(rng.randrange(2) for _ in range(rng.randrange(1, 6)))
             prefixes = [path[: i + 1] for i in range(len(path))]
+            policy.begin(prefixes, sum(prefix in resident for prefix in prefixes))
             for prefix in prefixes:
                 if prefix in resident:
                     policy.pin(resident[prefix])
@@ -168,7 +169,8 @@ class LeafFirstSuite:
                     if not free:
                         free.append(self._evict_leaf(policy, resident))
                     resident[prefix] = free.pop()
-                    policy.insert(resident[prefix], depth=depth)
+                    parent = resident[prefix[:-1]] if depth else None
+                    policy.insert(resident[prefix], depth=depth, content=prefix, parent=parent)
             for prefix in reversed(prefixes):
                 policy.unpin(resident[prefix])
 
