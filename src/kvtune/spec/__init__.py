@@ -8,6 +8,7 @@ Notation: n tokens in the sequence, B tokens per block, W window, h KV heads, d 
 from __future__ import annotations
 
 from kvtune.spec.arena_plan import FIRST_BLOCK_CODEC, ArenaPlan, plan_arenas
+from kvtune.spec.breakdown import AllocatorModel, Breakdown, GroupBytes
 from kvtune.spec.engines import (
     ENGINES,
     AllocatorTerm,
@@ -27,6 +28,7 @@ from kvtune.spec.layout import (
     codec_storage,
 )
 from kvtune.spec.model import LayerSpec, ModelSpec, text_config
+from kvtune.spec.parallel import check_tensor_parallel, valid_tensor_parallel
 from kvtune.spec.sizing import (
     KVFormat,
     blocks_per_sequence,
@@ -44,9 +46,12 @@ __all__ = [
     "CODEC_STORAGE",
     "ENGINES",
     "FIRST_BLOCK_CODEC",
+    "AllocatorModel",
     "AllocatorTerm",
     "ArenaPlan",
+    "Breakdown",
     "CodecStorage",
+    "GroupBytes",
     "KVFormat",
     "KVGroup",
     "LayerKind",
@@ -57,6 +62,7 @@ __all__ = [
     "allocator_bytes",
     "allocator_terms",
     "blocks_per_sequence",
+    "check_tensor_parallel",
     "codec_storage",
     "first_block_bytes",
     "fixed_bytes_per_sequence",
@@ -69,4 +75,5 @@ __all__ = [
     "plan_arenas",
     "split_budget",
     "text_config",
+    "valid_tensor_parallel",
 ]

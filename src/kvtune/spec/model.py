@@ -29,7 +29,8 @@ class LayerSpec:
     kept (None: all; for chunked attention the chunk). MLA: `k_head_dim` is the latent plus its RoPE part
     (`latent_dim` + `rope_dim`), one head, no V; `index_bytes` per token come on top (DeepSeek-V3.2's fp8
     index). Recurrent layers: `state_elements` of `state_element_bytes` and `conv_elements` of 16 bits per
-    sequence; `beside` names the recurrent kind of a layer that does attention as well (Falcon-H1).
+    sequence, in `state_heads` heads that tensor parallelism splits (0: channels). `beside` names the
+    recurrent kind of a layer that does attention as well (Falcon-H1).
     `shared_with` is the layer whose KV a shared layer reads.
     """
 
@@ -46,6 +47,7 @@ class LayerSpec:
     state_elements: int = 0
     state_element_bytes: int = 0
     conv_elements: int = 0
+    state_heads: int = 0
     beside: LayerKind | None = None
 
     @property
@@ -73,6 +75,8 @@ class ModelSpec:
     max_model_len: int | None
     dtype: str
     """Codec name of the checkpoint's 16- or 32-bit type: what `auto` stores."""
+    num_attention_heads: int | None = None
+    """Query heads, which tensor parallelism splits; None where the config does not say."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -90,6 +94,7 @@ class ModelSpec:
             layers=_build_layers(fields, family, kinds),
             max_model_len=_max_model_len(fields),
             dtype=_checkpoint_dtype(fields, config),
+            num_attention_heads=fields.optional("num_attention_heads", MAX_HEADS),
         )
 
     def kv_groups(self) -> tuple[KVGroup, ...]:
@@ -309,6 +314,7 @@ def _gated_delta(fields: Fields, _family: Family, _kind: LayerKind) -> Values:
     value_dim = fields.number("linear_value_head_dim", MAX_DIM)
     taps = fields.number("linear_conv_kernel_dim", MAX_HEADS) - 1
     return {
+        "state_heads": value_heads,
         "state_elements": value_heads * key_dim * value_dim,
         "state_element_bytes": _state_element_bytes(fields),
         "conv_elements": (2 * key_heads * key_dim + value_heads * value_dim) * taps,
@@ -327,10 +333,12 @@ def _mamba1(fields: Fields, _family: Family, _kind: LayerKind) -> Values:
 
 def _mamba2(fields: Fields, _family: Family, _kind: LayerKind) -> Values:
     """Mamba-2 (Nemotron-H): head dim x state values per head, and a convolution over x, B and C."""
-    inner = fields.number("mamba_num_heads", MAX_HEADS) * fields.number("mamba_head_dim", MAX_DIM)
+    heads = fields.number("mamba_num_heads", MAX_HEADS)
+    inner = heads * fields.number("mamba_head_dim", MAX_DIM)
     state = fields.number("ssm_state_size", MAX_DIM)
     channels = inner + 2 * fields.number("n_groups", MAX_HEADS) * state
     return {
+        "state_heads": heads,
         "state_elements": inner * state,
         "state_element_bytes": _state_element_bytes(fields),
         "conv_elements": channels * (fields.number("conv_kernel", MAX_HEADS) - 1),
