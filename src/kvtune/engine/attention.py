@@ -7,6 +7,7 @@ travels in `kvtune_step`. Nothing is ever carried through `position_ids`, which 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,12 +25,16 @@ ATTENTION_NAME = "kvtune_paged"
 
 @dataclass(slots=True)
 class AttentionLayer:
-    """What one layer's attention needs in every step. `group` indexes `AttentionStep.batches`."""
+    """What one layer's attention needs in every step. `group` indexes `AttentionStep.batches`.
+
+    `attend` reads the cache; what stands in for it takes the arguments of `kernels.paged_attention`.
+    """
 
     index: int
     group: int
     cache: LayerCache
     window: int | None
+    attend: Callable[..., torch.Tensor] = paged_attention
 
 
 @dataclass(slots=True)
@@ -80,7 +85,7 @@ def _attention_forward(
     batch = kvtune_step.batches[layer.group]
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     write_kv(layer.cache, k, v, batch.slots, backend=kvtune_step.backend)
-    out = paged_attention(
+    out = layer.attend(
         q, layer.cache, batch,
         scale=scaling if scaling is not None else q.shape[-1] ** -0.5,
         window=layer.window, softcap=softcap, sinks=s_aux, backend=kvtune_step.backend,

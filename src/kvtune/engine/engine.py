@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from kvtune.closing import Closing
 from kvtune.config import CacheConfig, EngineConfig, SchedulerConfig
-from kvtune.engine.arenas import allocate_arenas, cache_manager, plan_arenas
+from kvtune.engine.arenas import ArenaPlan, allocate_arenas, cache_manager, plan_arenas
+from kvtune.engine.attention import AttentionLayer
 from kvtune.engine.detokenizer import TokenDecoder
 from kvtune.engine.identity import cache_fingerprint
 from kvtune.engine.inputs import check_items, prompt_token_ids
@@ -256,8 +257,25 @@ class Engine(Closing):
         self._undelivered.clear()
 
     @property
+    def attention_layers(self) -> Mapping[int, AttentionLayer]:
+        """What this engine's attention reads and how, by layer; each engine over a model has its own."""
+        return self._runner.layers
+
+    @property
+    def scheduler_config(self) -> SchedulerConfig:
+        return self._scheduler_config
+
+    @property
+    def arena_plan(self) -> ArenaPlan:
+        """KV groups, and how many blocks of each the budget bought."""
+        return self._plan
+
+    @property
     def num_running(self) -> int:
         return self._scheduler.num_running
+
+    def is_unfinished(self, request_id: str) -> bool:
+        return RequestId(request_id) in self._states
 
     @property
     def has_unfinished(self) -> bool:

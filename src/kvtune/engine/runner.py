@@ -118,6 +118,11 @@ class ModelRunner:
             for layer in group.layers
         }
 
+    @property
+    def layers(self) -> Mapping[int, AttentionLayer]:
+        """Every attention layer by its index in the model."""
+        return self._layers
+
     def close(self) -> None:
         """Let go of the arenas; the runner cannot be used any more."""
         self._caches.clear()
