@@ -1,10 +1,13 @@
-"""Cutting a file into records: JSON lines, the elements of one JSON list, or CSV lines."""
+"""Cutting a file into records: JSON lines, JSON objects spread over lines, the elements of one JSON list,
+or CSV records (whose quoted cells may hold line ends)."""
 
 from __future__ import annotations
 
 import bisect
 import csv
+import itertools
 import json
+import re
 from collections.abc import Iterator
 from typing import Any, Final, cast
 
@@ -15,6 +18,8 @@ from kvtune.workload.source import Source
 __all__ = ["json_rows", "read_rows"]
 
 _READ_AHEAD: Final = 1 << 16
+_BLANK: Final = re.compile(r"[ \t\r\n]*")
+_CSV_FIELD_LIMIT: Final = 131_072
 
 
 def read_rows(source: Source) -> tuple[bool, Iterator[Row]]:
@@ -28,9 +33,33 @@ def read_rows(source: Source) -> tuple[bool, Iterator[Row]]:
 
 
 def json_rows(source: Source) -> Iterator[Row]:
-    """One object per line."""
-    for number, text in source.lines():
+    """One object per line, or objects spread over lines (where the first line is not a whole one)."""
+    lines = source.lines()
+    first = next(lines)
+    if _is_cut_off(first[1]):
+        yield from _object_rows(source)
+        return
+    for number, text in itertools.chain([first], lines):
         yield _as_row(source, number, decode_json(source.path, number, text))
+
+
+def _is_cut_off(text: str) -> bool:
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return error.pos >= len(text.rstrip())
+    except (ValueError, RecursionError):
+        return False
+    return False
+
+
+def _object_rows(source: Source) -> Iterator[Row]:
+    text = _Window(source)
+    text.skip_blank()
+    while text.peek():
+        line = text.line
+        yield _as_row(source, line, text.take_value())
+        text.skip_blank()
 
 
 def _as_row(source: Source, line: int, value: Any) -> Row:
@@ -69,11 +98,11 @@ class _Window:
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._lines = source.lines()
+        self._pieces = source.pieces()
         self._buffer = ""
         self._at = 0
-        self._starts: list[int] = []  # offset in the buffer at which each line starts, ascending
-        self._numbers: list[int] = []  # and its number
+        self._starts: list[int] = []  # offset in the buffer at which each piece starts, ascending
+        self._numbers: list[int] = []  # and the number of its line
         self._is_drained = False
 
     @property
@@ -96,8 +125,12 @@ class _Window:
         self._at += 1
 
     def skip_blank(self) -> None:
-        while (character := self.peek()) and character in " \t\r\n":
-            self._at += 1
+        while self.peek():
+            found = _BLANK.match(self._buffer, self._at)
+            if found is None or found.end() == self._at:
+                return
+            self._at = found.end()
+            self._drop_taken()
 
     def take_value(self) -> Any:
         """The next JSON value; one cut off by the window's end is decoded again with twice the text."""
@@ -145,14 +178,14 @@ class _Window:
             return
         pieces = [self._buffer]
         while length - self._at < 2 * size and not self._is_drained:
-            number, text = next(self._lines, (0, ""))
+            number, text = next(self._pieces, (0, ""))
             if not number:
                 self._is_drained = True
                 break
             self._starts.append(length)
             self._numbers.append(number)
-            pieces += (text, "\n")
-            length += len(text) + 1
+            pieces.append(text)
+            length += len(text)
         self._buffer = "".join(pieces)
 
 
@@ -162,16 +195,51 @@ def _refuse_constant(name: str) -> None:
 
 def _csv_rows(source: Source) -> Iterator[Row]:
     header: list[str] | None = None
-    for number, text in source.lines():
+    for number, text in _csv_records(source):
         try:
-            cells = next(csv.reader([text], strict=True))
+            cells = _cells(text)
         except (csv.Error, StopIteration) as error:
             raise InputFileError(f"{source.path}, line {number}: malformed CSV: {error}") from None
         if header is None:
             header = [cell.strip() for cell in cells]
+            if len(set(header)) != len(header):
+                raise InputFileError(f"{source.path}, line {number}: a column's name is there twice")
             continue
         if len(cells) != len(header):
             raise InputFileError(
                 f"{source.path}, line {number}: has {len(cells)} columns, the header has {len(header)}"
             )
         yield Row(source.path, number, dict(zip(header, (c.strip() for c in cells), strict=True)))
+
+
+def _csv_records(source: Source) -> Iterator[tuple[int, str]]:
+    """(line it starts at, text) of each record; lines are joined while a quote is open."""
+    held: list[str] = []
+    start = quotes = size = 0
+    for number, text in source.lines(keep_blank=True):
+        if not held and (not text or text.isspace()):
+            continue
+        start = start if held else number
+        held.append(text)
+        quotes += text.count('"')
+        size += len(text) + 1
+        if quotes % 2 == 0:
+            yield start, "\n".join(held)
+            held, quotes, size = [], 0, 0
+        elif size > source.max_line_bytes:
+            break
+    if held:
+        raise InputFileError(
+            f"{source.path}, line {start}: malformed CSV: a quoted cell that opens here has no end within "
+            f"{source.max_line_bytes} characters"
+        )
+
+
+def _cells(text: str) -> list[str]:
+    if len(text) < _CSV_FIELD_LIMIT:
+        return next(csv.reader([text], strict=True))
+    before = csv.field_size_limit(len(text))  # a setting of the whole process, so put back at once
+    try:
+        return next(csv.reader([text], strict=True))
+    finally:
+        csv.field_size_limit(before)

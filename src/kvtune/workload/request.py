@@ -33,6 +33,7 @@ class WorkloadRequest:
     `output_length`: tokens the request really generated; `answer`: the recorded text, encoded to get
     that length; `max_tokens`: only an upper bound the client asked for.
     `hash_lengths`: tokens each hash id stands for, where they are not all of the workload's block size.
+    `tools`: JSON of each tool offered with the messages, in the order sent.
     `session_id`: requests of one conversation share it; "" where the file does not say.
     """
 
@@ -40,6 +41,7 @@ class WorkloadRequest:
     arrival_s: float = 0.0
     prompt: str | None = None
     messages: tuple[Message, ...] = ()
+    tools: tuple[str, ...] = ()
     token_ids: tuple[int, ...] | None = None
     hash_ids: tuple[int, ...] | None = None
     hash_lengths: tuple[int, ...] | None = None
@@ -66,9 +68,10 @@ class WorkloadRequest:
 
 
 def transcript(request: WorkloadRequest) -> str:
-    """The text of a request as one string: roles and contents in order."""
+    """The text of a request as one string: tools, as chat templates put them first, roles and contents."""
     if request.messages:
-        return "".join(f"{message.role}\n{message.content}\n" for message in request.messages)
+        tools = "".join(f"{tool}\n" for tool in request.tools)
+        return tools + "".join(f"{message.role}\n{message.content}\n" for message in request.messages)
     return request.prompt or ""
 
 
@@ -78,7 +81,8 @@ class Workload:
 
     `sha256`: of the file's bytes as stored, "" for a generator. `block_size`: prompt tokens per hash id,
     None where there are no hash ids. `is_synthetic_text`: some prompts have no text of their own, so no
-    quality claim may rest on the workload. `notes`: what the user should be told, detection included.
+    quality claim may rest on the workload. `notes`: what the user should be told, detection included;
+    `warnings`: those of them that say something was wrong with the file.
     """
 
     requests: tuple[WorkloadRequest, ...]
@@ -86,6 +90,7 @@ class Workload:
     path: Path | None = None
     sha256: str = ""
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     is_synthetic_text: bool = False
     block_size: int | None = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import hashlib
 import io
@@ -16,11 +17,13 @@ from kvtune.errors import InputFileError
 
 __all__ = ["Source"]
 
-MAX_LINE_BYTES: Final = 64 * 2**20
+MAX_LINE_BYTES: Final = 32 * 2**20
+"""Eight million tokens of text; decoded JSON can take 30 times as much memory."""
 MAX_EXPANSION: Final = 200
 """Decompressed bytes per stored byte. Real traces reach 5 to 30; DEFLATE can reach 1032."""
-FREE_EXPANSION_BYTES: Final = 256 * 2**20
+FREE_EXPANSION_BYTES: Final = 64 * 2**20
 """Below this size the ratio does not matter: a small file may be very regular."""
+_PIECE_BYTES: Final = 1 << 18
 
 _GZIP_MAGIC = b"\x1f\x8b"
 
@@ -68,8 +71,8 @@ class Source:
             return text.lstrip()[0]
         return ""
 
-    def lines(self) -> Iterator[tuple[int, str]]:
-        """(line number from 1, text without its end) of every line that is not blank."""
+    def lines(self, *, keep_blank: bool = False) -> Iterator[tuple[int, str]]:
+        """(line number from 1, text without its end) of every line; blank ones only if asked for."""
         number = 0
         try:
             with self._open() as file:
@@ -79,10 +82,26 @@ class Source:
                     total += len(raw)
                     self._check_bounds(number, len(raw), total)
                     text = self._decode(raw, number)
-                    if text and not text.isspace():
+                    if keep_blank or (text and not text.isspace()):
                         yield number, text
         except (OSError, EOFError, zlib.error) as error:
             raise InputFileError(f"{self.path}, line {number + 1}: {_reason(error)}") from error
+
+    def pieces(self) -> Iterator[tuple[int, str]]:
+        """(number of the line it lies in, text with line ends) from start to end, in pieces of a bounded
+        size: for a JSON list, which may be one long line."""
+        decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        number, total = 1, 0
+        try:
+            with self._open() as file:
+                while raw := file.readline(_PIECE_BYTES):
+                    total += len(raw)
+                    self._check_bounds(number, 0, total)
+                    yield number, self._decode_piece(decoder, raw, number)
+                    number += raw.endswith(b"\n")
+                self._decode_piece(decoder, b"", number, is_last=True)
+        except (OSError, EOFError, zlib.error) as error:
+            raise InputFileError(f"{self.path}, line {number}: {_reason(error)}") from error
 
     def _open(self) -> IO[bytes]:
         with self.path.open("rb") as file:
@@ -104,19 +123,35 @@ class Source:
             )
 
     def _decode(self, raw: bytes, number: int) -> str:
+        self._refuse_binary(raw, number)
+        try:
+            text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            where = f"byte 0x{raw[error.start]:02x} at column {error.start + 1}"
+            raise self._not_text(number, where) from None
+        return text.rstrip("\r\n")
+
+    def _decode_piece(
+        self, decoder: codecs.IncrementalDecoder, raw: bytes, number: int, *, is_last: bool = False
+    ) -> str:
+        self._refuse_binary(raw, number)
+        try:
+            return decoder.decode(raw, is_last)
+        except UnicodeDecodeError as error:
+            raise self._not_text(number, f"byte 0x{error.object[error.start]:02x}") from None
+
+    def _refuse_binary(self, raw: bytes, number: int) -> None:
         if b"\0" in raw:
             raise InputFileError(
                 f"{self.path}, line {number}: holds NUL bytes, so this is a binary file; "
                 "give JSON, JSONL or CSV text, plain or gzip"
             )
-        try:
-            text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise InputFileError(
-                f"{self.path}, line {number}: not UTF-8 text (byte 0x{raw[error.start]:02x} "
-                f"at column {error.start + 1}); give JSON, JSONL or CSV text, plain or gzip"
-            ) from None
-        return text.rstrip("\r\n")
+
+    def _not_text(self, number: int, where: str) -> InputFileError:
+        return InputFileError(
+            f"{self.path}, line {number}: not UTF-8 text ({where}); "
+            "give JSON, JSONL or CSV text, plain or gzip"
+        )
 
 
 def _reason(error: Exception) -> str:

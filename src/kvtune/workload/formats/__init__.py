@@ -6,7 +6,17 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-from kvtune.workload.formats import agent_sessions, canonical, hashed, lengths, openai_chat, sharegpt
+from kvtune.workload.formats import (
+    agent_sessions,
+    canonical,
+    hashed,
+    lengths,
+    openai_chat,
+    ragpulse,
+    servegen,
+    sharegpt,
+    synthetic,
+)
 from kvtune.workload.formats.record import Format
 
 __all__ = ["FORMATS", "Format"]
@@ -17,12 +27,18 @@ FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
         "kvtune": canonical.FORMAT,
         "sharegpt": sharegpt.FORMAT,
         "openai_batch": openai_chat.BATCH,
-        "openai_chat": openai_chat.CHAT,
+        "ragpulse": ragpulse.REQUESTS,
         "bailian": hashed.BAILIAN,
         "mooncake": hashed.MOONCAKE,
+        "openai_chat": openai_chat.CHAT,
         "agent_sessions": agent_sessions.FORMAT,
         "azure": lengths.AZURE,
         "burstgpt": lengths.BURSTGPT,
+        "servegen": servegen.RATES,
+        "servegen_lengths": servegen.LENGTHS,
+        "ragpulse_chunks": ragpulse.CHUNKS,
+        "synthetic": synthetic.FORMAT,
         "prompts": openai_chat.PROMPTS,
+        "guidellm": openai_chat.GUIDELLM,
     }
 )

@@ -28,11 +28,13 @@ def parse(row: Row) -> Iterator[WorkloadRequest]:
     optional = row.fields.get
     yield WorkloadRequest(
         request_id=row.identifier("request_id"),
-        arrival_s=row.number("arrival_s", default=0.0),
+        arrival_s=row.time("arrival_s", default=0.0),
         prompt=None if optional("prompt") is None else row.text("prompt"),
         messages=tuple(Message(m.text("role"), m.text("content")) for m in _optional_rows(row, "messages")),
         token_ids=None if optional("token_ids") is None else row.integers("token_ids"),
         hash_ids=None if optional("hash_ids") is None else row.integers("hash_ids", low=0),
+        hash_lengths=None if optional("hash_lengths") is None else row.integers("hash_lengths", low=0),
+        tools=tuple(_texts(row, "tools")),
         input_length=row.optional_integer("input_length"),
         output_length=row.optional_integer("output_length"),
         max_tokens=row.optional_integer("max_tokens"),
@@ -47,6 +49,15 @@ def parse(row: Row) -> Iterator[WorkloadRequest]:
 
 def _optional_rows(row: Row, name: str) -> list[Row]:
     return [] if row.fields.get(name) is None else row.rows(name)
+
+
+def _texts(row: Row, name: str) -> list[str]:
+    if row.fields.get(name) is None:
+        return []
+    found = row.items(name)
+    if not all(isinstance(text, str) for text in found):
+        row.fail(f"'{name}' must be a list of texts")
+    return list(found)
 
 
 def _tags(row: Row) -> dict[str, str]:
@@ -91,4 +102,15 @@ FORMAT: Final = Format(
     title="kvtune workload",
     matches=lambda first: HEADER in first or ("request_id" in first and "arrival_s" in first),
     parse=parse,
+    columns=frozenset(
+        (
+            HEADER,
+            "block_size",
+            "is_synthetic_text",
+            "source_format",
+            "source_sha256",
+            "notes",
+            *(item.name for item in dataclasses.fields(WorkloadRequest)),
+        )
+    ),
 )
