@@ -54,26 +54,31 @@ def miss_causes(
     block_size = groups[0].block_size
     causes: Counter[MissCause] = Counter()
     limit = (num_tokens - 1) // block_size
-    for i in range(found.boundary, len(hashes)):
-        if i >= found.full_run or all(group.window is not None for group in groups):
-            cause = _absence(groups, hashes[i])
-        else:
-            cause = MissCause.WINDOW
-        if i == limit and found.boundary == limit and _is_everywhere(groups, hashes, i, found):
-            cause = MissCause.LAST_TOKEN
-        causes[cause] += block_size
+    # all blocks if every group slides, else those behind the leading run
+    absent_from = found.boundary if all(g.window is not None for g in groups) else found.full_run
+    absent = hashes[max(absent_from, found.boundary) :]
+    num_evicted = _num_seen_before(groups, absent)
+    causes[MissCause.EVICTED] = num_evicted
+    causes[MissCause.NEVER_SEEN] = len(absent) - num_evicted
+    causes[MissCause.WINDOW] = len(hashes) - found.boundary - len(absent)
+    if limit == found.boundary < len(hashes) and _is_everywhere(groups, hashes, limit, found):
+        causes[MissCause.LAST_TOKEN] = 1
+        seen = limit >= max(absent_from, found.boundary)
+        causes[MissCause.EVICTED if seen else MissCause.WINDOW] -= 1
+    tokens = {cause: count * block_size for cause, count in causes.items() if count}
     partial = num_tokens - len(hashes) * block_size
     if partial:
-        causes[MissCause.PARTIAL_BLOCK] = partial
-    return dict(causes)
+        tokens[MissCause.PARTIAL_BLOCK] = partial
+    return tokens
 
 
-def _absence(groups: Sequence[GroupCache], block_hash: BlockHash) -> MissCause:
-    """Seen once if some group still holds the block or remembers its eviction."""
+def _num_seen_before(groups: Sequence[GroupCache], hashes: Sequence[BlockHash]) -> int:
+    """Blocks that some group still holds, or of which one remembers the eviction."""
+    unseen = hashes
     for group in groups:
-        if group.index.was_evicted(block_hash) or group.index.find(block_hash) is not None:
-            return MissCause.EVICTED
-    return MissCause.NEVER_SEEN
+        was_evicted, find = group.index.was_evicted, group.index.find
+        unseen = [h for h in unseen if not was_evicted(h) and find(h) is None]
+    return len(hashes) - len(unseen)
 
 
 def _is_everywhere(groups: Sequence[GroupCache], hashes: Sequence[BlockHash], i: int, found: Found) -> bool:

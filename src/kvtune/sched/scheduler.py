@@ -25,6 +25,7 @@ from kvtune.sched.admission import (
     recompute_misses,
     refuse_unservable,
 )
+from kvtune.sched.decode_run import DecodeRun, decode_run, perform
 from kvtune.sched.preemption import choose_victims, victim_order
 from kvtune.sched.queue import WaitingQueue
 from kvtune.sched.records import SchedulerStats, SequenceUpdate
@@ -40,6 +41,7 @@ from kvtune.types import (
     RunnerOutput,
     Sampled,
     SchedulerOutput,
+    TokenArray,
 )
 
 __all__ = ["Scheduler"]
@@ -316,6 +318,44 @@ class Scheduler:
                 updates.append(self._take_token(sequence, sampled, now_s))
         return tuple(updates)
 
+    # --- several steps at once
+
+    def decode_run(self) -> DecodeRun | None:
+        """The coming steps in which all running requests decode and nothing else can happen before an
+        arrival; None where there are none, or where it cannot be told beforehand.
+
+        For callers that know what is sampled, and that nobody forks, aborts or reconfigures meanwhile.
+        """
+        running, config = self._running, self._config
+        if not running or len(running) > config.max_num_batched_tokens:
+            return None
+        if len(self._waiting) and len(running) < config.max_num_seqs:
+            return None  # somebody may be admitted
+        if any(s.may_stop_early(self._eos_token_ids) or not s.is_decoding for s in running):
+            return None
+        reserve = growth_reserve(config, 0)
+        return decode_run(running, self._manager, reserve=reserve, max_model_len=self._max_model_len)
+
+    def perform(
+        self, run: DecodeRun, tokens: list[TokenArray], end_s: list[float]
+    ) -> tuple[SequenceUpdate, ...]:
+        """Make the first `len(end_s)` steps of the run, as `schedule` and `update` would have.
+
+        tokens[i] int32 [len(end_s)]: what sequence i of the run samples; `end_s` [s]: when each step ends.
+        One update for each request that ended, in the order of the run.
+        """
+        if not 1 <= len(end_s) <= run.num_steps or self._running != list(run.sequences):
+            raise InvariantError("this run of steps is not the one that lies ahead")
+        self._finished.clear()
+        reserves = [growth_reserve(self._config, s.request.priority) for s in run.sequences]
+        perform(run, self._manager, tokens=tokens, end_s=end_s, reserves=reserves)
+        self._num_steps += len(end_s)
+        self._counts["scheduled_tokens"] += len(end_s) * len(run.sequences)
+        updates = (
+            self._end_if_done(s, tuple(own.tolist())) for s, own in zip(run.sequences, tokens, strict=True)
+        )
+        return tuple(update for update in updates if update.finish_reason is not None)
+
     def _take_token(
         self, sequence: Sequence, sampled: dict[RequestId, Sampled], now_s: float
     ) -> SequenceUpdate:
@@ -324,12 +364,16 @@ class Scheduler:
             raise InvariantError(f"the runner returned no token for request {request_id!r}, which samples")
         token_id = sampled[request_id].token_id
         sequence.append(token_id, now_s)
+        return self._end_if_done(sequence, (token_id,))
+
+    def _end_if_done(self, sequence: Sequence, new_token_ids: tuple[int, ...]) -> SequenceUpdate:
         reason = sequence.stop_reason(self._eos_token_ids, self._max_model_len)
         if reason is not None:
-            self.finish(request_id, reason)
+            self.finish(sequence.request_id, reason)
         return SequenceUpdate(
-            request_id=request_id, new_token_ids=(token_id,), finish_reason=reason, sequence=sequence
-        )
+            request_id=sequence.request_id, new_token_ids=new_token_ids, finish_reason=reason,
+            sequence=sequence,
+        )  # fmt: skip
 
     # --- looking
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from typing import Protocol
 
@@ -169,6 +169,17 @@ class Sequence:
         self.num_tokens += 1
         self._token_times_s.append(now_s)
 
+    def extend(self, token_ids: TokenArray, times_s: Iterable[float]) -> None:
+        """Take the tokens of several steps at once."""
+        end = self.num_tokens + len(token_ids)
+        if end > len(self._buffer):
+            grown = np.empty(max(16, 2 * end), dtype=np.int32)
+            grown[: self.num_tokens] = self._buffer[: self.num_tokens]
+            self._buffer = grown
+        self._buffer[self.num_tokens : end] = token_ids
+        self.num_tokens = end
+        self._token_times_s.extend(times_s)
+
     def inherit(self, parent: Sequence) -> None:
         """Continue from the parent's tokens, as a fork does."""
         self._buffer = parent.token_ids.copy()
@@ -187,6 +198,11 @@ class Sequence:
         self.status = Status.FINISHED
         self.finish_reason = reason
         self._finished_s = now_s
+
+    def may_stop_early(self, eos_token_ids: frozenset[int]) -> bool:
+        """Whether a token may end it before its length does."""
+        sampling = self.sampling
+        return bool(sampling.stop_token_ids or (eos_token_ids and not sampling.ignore_eos))
 
     def stop_reason(self, eos_token_ids: frozenset[int], max_model_len: int) -> FinishReason | None:
         """Whether the token appended last ends the sequence."""

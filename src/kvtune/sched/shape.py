@@ -1,0 +1,127 @@
+"""How much a step computes and reads, in a few numbers: what its time is a function of.
+
+Tensor-free, so that the engine's calibration and the simulator's cost model describe steps alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from kvtune.config import CacheConfig
+from kvtune.spec import KVGroup, group_block_bytes
+from kvtune.types import ScheduledChunk
+
+__all__ = ["CALIBRATION_VERSION", "SHAPE_COLUMNS", "ReadGeometry", "ShapeRows"]
+
+SHAPE_COLUMNS = (
+    "num_decodes", "num_prefills", "prefill_tokens", "num_samples", "decode_bytes", "prefill_bytes",
+    "prefill_pairs",
+)  # fmt: skip
+"""Columns of `ShapeRows`. A decode is a chunk of one token, every longer chunk a prefill.
+
+num_samples: sequences whose next token is sampled. decode_bytes, prefill_bytes: KV bytes of all layers
+that decodes read, and that prefill chunks read when each key is read once. prefill_pairs: query-key
+pairs of prefill chunks, summed over layers.
+"""
+
+CALIBRATION_VERSION = 1
+"""Format of files that hold measured steps as rows of these columns."""
+
+ShapeRows = npt.NDArray[np.float64]
+"""[num_steps, len(SHAPE_COLUMNS)]"""
+
+
+@dataclass(frozen=True, slots=True)
+class _GroupRead:
+    window: int | None
+    token_bytes: float  # over the group's layers
+    num_layers: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadGeometry:
+    """What attention reads per visible key in each KV group."""
+
+    groups: tuple[_GroupRead, ...]
+
+    @classmethod
+    def of(cls, groups: Sequence[KVGroup], cache: CacheConfig) -> Self:
+        """From the engine's KV groups and its codecs per layer."""
+        return cls(
+            tuple(
+                _GroupRead(
+                    group.window,
+                    group_block_bytes(group, cache.codecs_of, cache.block_size) / cache.block_size,
+                    len(group.layers),
+                )
+                for group in groups
+            )
+        )
+
+    def row(self, chunks: Sequence[ScheduledChunk]) -> list[float]:
+        """One row of `ShapeRows` for the chunks of a step."""
+        return self.row_of([(chunk.start, chunk.num_tokens, chunk.samples) for chunk in chunks])
+
+    def row_of(self, chunks: Sequence[tuple[int, int, bool]]) -> list[float]:
+        """One row of `ShapeRows` for (tokens computed before, tokens in the chunk, samples)."""
+        prefills = [(start, n) for start, n, _ in chunks if n != 1]
+        decode_keys = [start + 1 for start, n, _ in chunks if n == 1]
+        decode_bytes = prefill_bytes = pairs = 0.0
+        for group in self.groups:
+            if decode_keys:
+                decode_bytes += group.token_bytes * _visible(decode_keys, group.window)
+            for start, n in prefills:
+                keys = start + n
+                if group.window is not None:
+                    keys = min(keys, group.window - 1 + n)
+                prefill_bytes += group.token_bytes * keys
+                pairs += group.num_layers * _pairs(start, n, group.window)
+        return [
+            float(len(decode_keys)),
+            float(len(prefills)),
+            float(sum(n for _, n in prefills)),
+            float(sum(samples for *_, samples in chunks)),
+            decode_bytes,
+            prefill_bytes,
+            pairs,
+        ]
+
+    def decode_rows(self, contexts: npt.NDArray[np.int64], num_steps: int) -> ShapeRows:
+        """`ShapeRows` of steps that decode a token of each sequence; `contexts`: keys seen in the first."""
+        rows = np.zeros((num_steps, len(SHAPE_COLUMNS)))
+        rows[:, 0] = rows[:, 3] = len(contexts)
+        rows[:, 4] = self._decode_bytes(contexts, num_steps)
+        return rows
+
+    def _decode_bytes(self, contexts: npt.NDArray[np.int64], num_steps: int) -> npt.NDArray[np.float64]:
+        """[num_steps] bytes read; each sequence sees `contexts` keys first and one more in each next step."""
+        steps = np.arange(num_steps)
+        total = np.zeros(num_steps)
+        for group in self.groups:
+            if group.window is None:
+                total += group.token_bytes * (float(contexts.sum()) + len(contexts) * steps)
+            else:
+                # a sequence's count grows by one a step until it reaches the window
+                room = np.sort(np.maximum(group.window - contexts, 0))
+                seen = np.minimum(contexts, group.window).sum()
+                before = np.concatenate(([0], np.cumsum(room)))
+                full = np.searchsorted(room, steps, side="right")
+                total += group.token_bytes * (seen + before[full] + (len(room) - full) * steps)
+        return total
+
+
+def _visible(keys: Sequence[int], window: int | None) -> int:
+    return sum(keys) if window is None else sum(min(k, window) for k in keys)
+
+
+def _pairs(start: int, n: int, window: int | None) -> int:
+    """Keys seen, summed over queries at positions start .. start + n - 1."""
+    if window is None or start + n <= window:
+        return n * start + n * (n + 1) // 2
+    rising = max(0, window - start)  # queries that still see everything before them
+    return rising * start + rising * (rising + 1) // 2 + (n - rising) * window
