@@ -1,0 +1,20 @@
+"""Serving, simulated: the engine's own scheduler and cache manager under a clock driven by a cost model."""
+
+from kvtune.sim.cost_model import CostModel, FitError, FittedCost, RooflineCost, load_calibration
+from kvtune.sim.requests import SimRequest, SimWorkload, of_tokens, of_trace
+from kvtune.sim.simulator import STEP_COLUMNS, Simulation, SimulationRun
+
+__all__ = [
+    "STEP_COLUMNS",
+    "CostModel",
+    "FitError",
+    "FittedCost",
+    "RooflineCost",
+    "SimRequest",
+    "SimWorkload",
+    "Simulation",
+    "SimulationRun",
+    "load_calibration",
+    "of_tokens",
+    "of_trace",
+]
