@@ -54,7 +54,7 @@ MIXTURE = {
 """Shares of rows once copying from the context is learnt."""
 
 OPENING = {name: 0.5 * share for name, share in MIXTURE.items()} | {
-    "text": 0.25, "random": 0.25, "recall": 0.20,
+    "text": 0.25, "random": 0.15, "recall": 0.25,
 }  # fmt: skip
 """At first, repeated random tokens and plain recall teach to copy."""
 
@@ -70,10 +70,10 @@ class Stage:
 
 
 STAGES = (
-    Stage(0.16, 128, 16, OPENING),
-    Stage(0.22, 128, 16, MIXTURE | {"random": 0.03}),
-    Stage(0.58, 512, 5, MIXTURE | {"random": 0.03, "documents": 0.08}),
-    Stage(0.89, 2048, 2, MIXTURE | {"random": 0.02, "documents": 0.08}),
+    Stage(0.05, 128, 16, OPENING),
+    Stage(0.10, 128, 16, MIXTURE | {"random": 0.03}),
+    Stage(0.45, 512, 5, MIXTURE | {"random": 0.03, "documents": 0.08}),
+    Stage(0.82, 2048, 2, MIXTURE | {"random": 0.02, "documents": 0.08}),
     Stage(1.01, 4096, 1, MIXTURE | {"documents": 0.06}),
 )
 
@@ -148,9 +148,11 @@ class Data:
             start = rng.randrange(len(stream) - room)
             return stream[start : start + room].tolist(), [1.0] * room
         if name == "random":
-            half = min(room // 2, rng.randint(16, 512))
-            block = [rng.randrange(6, VOCAB_SIZE) for _ in range(half)]
-            return block + block, [0.0] * half + [0.0] + [1.0] * (half - 1)
+            # lengths vary, so that looking back a fixed distance does not do
+            size = rng.randint(4, min(room // 2, 512))
+            block = [rng.randrange(len(SPECIALS), VOCAB_SIZE) for _ in range(size)]
+            repeats = -(-room // size)
+            return (block * repeats)[:room], ([0.0] * (size + 1) + [0.5] * room)[:room]
         if name == "documents":
             return self.encode(documents(rng, self.corpus.names, max_chars=int(2.2 * room)))
         return self.encode(self._sample(name, room))
@@ -234,8 +236,50 @@ def new_model(seed: int) -> LlamaForCausalLM:
         initializer_range=0.03,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
+    seed_induction(model)
     zero_slowest_pair(model)
     return model
+
+
+@torch.no_grad()
+def seed_induction(model: LlamaForCausalLM) -> None:
+    """Start with a rough circuit that copies, for training to refine: finding one by chance takes hours here.
+
+    The two heads of an induction circuit (Olsson et al. 2022, "In-context learning and induction heads"):
+    one in layer 0 attends to the token before, by the fast RoPE pairs, and writes what it saw beside the
+    token itself; one in layer 1 looks, by the slow pairs, for places whose token before is the present one,
+    and writes out what stands there. Embeddings start ten times larger than matrices, so that the residual
+    stream says which token it is, and carry a constant (element 0) for the first head to build on.
+    """
+    width, half = model.config.hidden_size, HEAD_DIM // 2
+    embedding = model.model.embed_tokens.weight
+    embedding.mul_(10.0)
+    embedding[:, 0] = 1.2
+    model.model.norm.weight.fill_(0.1)  # tied embeddings: logits stay as small as they were
+    slow = [*range(18, half - 1), *range(half + 18, HEAD_DIM - 1)]
+    axes = torch.linalg.qr(torch.randn(width, 2 * len(slow) + HEAD_DIM)).Q.T  # orthonormal rows
+    axes[:, 0] = 0.0
+    token, before, content = axes.split([len(slow), len(slow), HEAD_DIM])
+    first, second = (layer.self_attn for layer in model.model.layers[:2])
+    for layer in model.model.layers:  # what layers add starts small beside the embeddings
+        layer.self_attn.o_proj.weight.mul_(0.5)
+        layer.mlp.down_proj.weight.mul_(0.5)
+
+    speeds = model.config.rope_parameters["rope_theta"] ** -(torch.arange(8) / half)
+    first.q_proj.weight[:HEAD_DIM] = 0.0
+    first.k_proj.weight[:HEAD_DIM] = 0.0
+    first.q_proj.weight[:8, 0] = 1.6
+    first.k_proj.weight[:8, 0] = 1.6 * speeds.cos()  # one step ahead, so that the score peaks one back
+    first.k_proj.weight[half : half + 8, 0] = 1.6 * speeds.sin()
+    first.v_proj.weight[: len(slow)] = token
+    first.o_proj.weight[:, : len(slow)] = 0.6 * before.T
+
+    second.q_proj.weight[:HEAD_DIM] = 0.0
+    second.k_proj.weight[:HEAD_DIM] = 0.0
+    second.q_proj.weight[slow] = 1.5 * token
+    second.k_proj.weight[slow] = 1.5 * before
+    second.v_proj.weight[:HEAD_DIM] = content
+    second.o_proj.weight[:, :HEAD_DIM] = 0.6 * content.T
 
 
 @torch.no_grad()
@@ -534,7 +578,7 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=float, default=0.0, help="budget of training time (0: --tokens decides)"
     )
-    parser.add_argument("--tokens", type=int, default=22_000_000)
+    parser.add_argument("--tokens", type=int, default=13_000_000)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
