@@ -4,21 +4,28 @@ Every predictor stands beside its constant baseline and its oracle, and a gate l
 data prove it better.
 """
 
+from kvtune.predict.arrivals import ArrivalForecast, ArrivalPredictor
 from kvtune.predict.distribution import LengthDistribution
 from kvtune.predict.gate import Gate
 from kvtune.predict.lengths import LengthKey, LengthPredictor
 from kvtune.predict.peak import Growth, PeakForecast, horizons_of, peak_forecast, survival_rows
+from kvtune.predict.reuse import HitRateForecast, ReturnPredictor, forecast_hit_rate
 from kvtune.predict.sessions import PrefixSessions, PrefixView
 
 __all__ = [
+    "ArrivalForecast",
+    "ArrivalPredictor",
     "Gate",
     "Growth",
+    "HitRateForecast",
     "LengthDistribution",
     "LengthKey",
     "LengthPredictor",
     "PeakForecast",
     "PrefixSessions",
     "PrefixView",
+    "ReturnPredictor",
+    "forecast_hit_rate",
     "horizons_of",
     "peak_forecast",
     "survival_rows",
