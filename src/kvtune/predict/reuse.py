@@ -29,8 +29,8 @@ _MIN_REQUESTS: Final = 200
 class HitRateForecast:
     """Share of prompt tokens that the cache will serve, or the reason why nothing can be said.
 
-    `low`, `high`: 95 % interval from the spread between runs of neighbours. `value` is None when the history is
-    not stationary: then it is no guide to what comes.
+    `low`, `high`: 95 % interval from the spread between runs of neighbours. `value` is None when the history
+    is not stationary: then it is no guide to what comes.
     """
 
     value: float | None
