@@ -170,10 +170,19 @@ class SchedulerConfig(_Settings):
         512, "tokens computed per step", unit="tokens", low=1, high=1 << 20, hot=True
     )
     watermark: float = _knob(0.05, "share of blocks kept free at admission", low=0.0, high=0.9, hot=True)
+    admission: str = _knob("watermark", "watermark | peak (also by the expected peak of the batch)", hot=True)
+    admission_z: float = _knob(
+        1.0, "standard deviations kept above the expected peak", low=0.0, high=10.0, hot=True
+    )
     reserved: float = _knob(0.02, "share of blocks only priority > 0 may use", low=0.0, high=0.9, hot=True)
     max_preemptions: int = _knob(
         3, "a request preempted this often is preempted last", low=0, high=1000, hot=True
     )
+
+    def __post_init__(self) -> None:
+        _check_range(self)
+        if self.admission not in ("watermark", "peak"):
+            raise UsageError(f"admission must be watermark or peak, found {self.admission!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

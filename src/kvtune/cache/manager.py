@@ -393,6 +393,24 @@ class KVCacheManager:
         """One int32 array per group: block index -> block id, -1 where the window has passed."""
         return tuple(np.array(table, dtype=np.int32) for table in self._holding(request_id).tables)
 
+    def held_blocks(self, request_id: RequestId) -> tuple[int, ...]:
+        """Per group, the blocks a request holds, those it shares included."""
+        holding = self._holding(request_id)
+        pairs = zip(holding.tables, holding.num_released, strict=True)
+        return tuple(len(table) - num_released for table, num_released in pairs)
+
+    def held_by_others(self, match: PrefixMatch) -> tuple[int, ...]:
+        """Per group, the matched blocks that running requests hold at this moment."""
+        return tuple(
+            sum(b >= 0 and not group.pool.is_idle(b) for b in blocks)
+            for group, blocks in zip(self._groups, match.blocks, strict=True)
+        )
+
+    def window_blocks(self, group: int) -> int | None:
+        """Most blocks a decoding sequence holds in a sliding group; None where all stay."""
+        window = self._groups[group].window
+        return None if window is None else -(-(window - 1) // self.block_size) + 1
+
     def usage(self) -> tuple[GroupUsage, ...]:
         return tuple(group.usage() for group in self._groups)
 

@@ -26,6 +26,7 @@ from kvtune.sched.admission import (
     refuse_unservable,
 )
 from kvtune.sched.decode_run import DecodeRun, decode_run, perform
+from kvtune.sched.peak_admission import OutputLengths, PeakAdmission
 from kvtune.sched.preemption import choose_victims, victim_order
 from kvtune.sched.queue import WaitingQueue
 from kvtune.sched.records import SchedulerStats, SequenceUpdate
@@ -61,7 +62,9 @@ class Scheduler:
         max_model_len: int,
         eos_token_ids: frozenset[int] = frozenset(),
         clock: Callable[[], float],
+        lengths: OutputLengths | None = None,
     ) -> None:
+        """`lengths`: where `admission = "peak"` takes its forecasts from; None learns them online."""
         self._manager = manager
         self._config = config
         self._max_model_len = max_model_len
@@ -75,6 +78,7 @@ class Scheduler:
         self._num_submitted = 0
         self._num_steps = 0
         self._counts: Counter[str] = Counter()
+        self._peak = PeakAdmission(manager, max_model_len=max_model_len, lengths=lengths)
 
     # --- requests come and go
 
@@ -135,6 +139,7 @@ class Scheduler:
         else:
             self._waiting.remove(sequence)
         sequence.finish(reason, self._clock())
+        self._peak.ended(sequence, reason)
         del self._sequences[request_id]
         self._finished[request_id] = sequence
         self._counts["aborted" if reason is FinishReason.ABORT else "finished"] += 1
@@ -254,6 +259,8 @@ class Scheduler:
 
     def _admit(self, step: StepPlan, sequence: Sequence, match: PrefixMatch) -> bool:
         num_tokens = min(sequence.num_tokens - match.num_tokens, step.budget)
+        if not self._peak_allows(sequence, match):
+            return False
         reserve = admission_reserve(self._config, sequence.request.priority)
         gate: int | None = sequence.num_tokens
         allocation = None
@@ -280,6 +287,11 @@ class Scheduler:
         self._run(sequence)
         step.add(sequence, num_tokens, allocation.copies)
         return True
+
+    def _peak_allows(self, sequence: Sequence, match: PrefixMatch) -> bool:
+        if self._config.admission != "peak":
+            return True
+        return self._peak.admits(sequence, match, self._running, self._config)
 
     def _record_admission(self, step: StepPlan, sequence: Sequence, match: PrefixMatch) -> None:
         is_resumed = sequence.num_preemptions > 0
@@ -427,4 +439,5 @@ class Scheduler:
 
     def _leave(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
+        self._peak.left()
         self._manager.free(sequence.request_id)
