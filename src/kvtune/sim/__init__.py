@@ -1,6 +1,7 @@
 """Serving, simulated: the engine's own scheduler and cache manager under a clock driven by a cost model."""
 
 from kvtune.sim.cost_model import CostModel, FitError, FittedCost, RooflineCost, load_calibration
+from kvtune.sim.report import ServeTargets, run_report
 from kvtune.sim.requests import SimRequest, SimWorkload, of_tokens, of_trace
 from kvtune.sim.simulator import STEP_COLUMNS, Simulation, SimulationRun
 
@@ -10,6 +11,7 @@ __all__ = [
     "FitError",
     "FittedCost",
     "RooflineCost",
+    "ServeTargets",
     "SimRequest",
     "SimWorkload",
     "Simulation",
@@ -17,4 +19,5 @@ __all__ = [
     "load_calibration",
     "of_tokens",
     "of_trace",
+    "run_report",
 ]

@@ -1,0 +1,184 @@
+"""Time the engine's own steps under a mixture of loads, so that a simulator can predict them.
+
+Rounds of synthetic requests: each draws how many run at once, how long prompts and answers are, and how many
+tokens a step may hold; every step's shape and time is kept. What is measured is what a load run does: the
+whole of `Engine.step`, and separately `Engine.add_request`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from kvtune._version import __version__
+from kvtune.engine.engine import Engine
+from kvtune.host import read_host
+from kvtune.sched.shape import CALIBRATION_VERSION, SHAPE_COLUMNS, ReadGeometry
+from kvtune.types import SamplingParams, SchedulerOutput
+
+__all__ = ["Calibration", "StepTimer", "calibrate"]
+
+_ROUND_S: Final = 1.5
+_WARM_UP_S: Final = 1.0
+_LONGEST_ANSWER: Final = 256
+
+
+@dataclass(slots=True)
+class Calibration:
+    """Measured steps: `shapes` rows by SHAPE_COLUMNS, `seconds` each, `submissions` (prompt tokens, seconds).
+
+    `facts` say on what: model, settings, hardware.
+    """
+
+    shapes: list[list[float]] = field(default_factory=list[list[float]])
+    seconds: list[float] = field(default_factory=list[float])
+    submissions: list[tuple[int, float]] = field(default_factory=list[tuple[int, float]])
+    facts: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of a calibration file, as `kvtune.sim.load_calibration` reads it."""
+        return {
+            "calibration_version": CALIBRATION_VERSION,
+            "columns": list(SHAPE_COLUMNS),
+            "facts": self.facts,
+            "shapes": self.shapes,
+            "seconds": self.seconds,
+            "submissions": [list(pair) for pair in self.submissions],
+        }
+
+
+class StepTimer:
+    """Steps an engine and keeps each step's shape and time; one at a time per engine."""
+
+    def __init__(self, engine: Engine, *, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.calibration = Calibration(facts=_facts(engine))
+        self._engine = engine
+        self._clock = clock
+        self._geometry = ReadGeometry.of(engine.arena_plan.groups, engine.cache_config)
+        self._decided: SchedulerOutput | None = None
+        engine.on_step = self._keep
+
+    def _keep(self, output: SchedulerOutput) -> None:
+        self._decided = output
+
+    def step(self) -> None:
+        start = self._clock()
+        self._engine.step(finished_only=True)
+        self.took(self._clock() - start)
+
+    def took(self, seconds: float) -> None:
+        """The engine made a step (whoever called it) in this time."""
+        decided, self._decided = self._decided, None
+        if decided is not None:
+            self.calibration.shapes.append(self._geometry.row(decided.chunks))
+            self.calibration.seconds.append(seconds)
+
+    def submit(self, request_id: str, prompt: list[int], params: SamplingParams) -> None:
+        start = self._clock()
+        self._engine.add_request(request_id, prompt, params)
+        self.calibration.submissions.append((len(prompt), self._clock() - start))
+
+    def close(self) -> None:
+        self._engine.on_step = None
+
+
+def calibrate(
+    engine: Engine,
+    *,
+    seconds: float = 45.0,
+    seed: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
+    on_progress: Callable[[float], None] | None = None,
+) -> Calibration:
+    """Measure for about `seconds`; `on_progress` gets the share done. The engine must be idle, its prefix
+    cache is emptied. Nothing else should run on the machine meanwhile."""
+    timer = StepTimer(engine, clock=clock)
+    load = _Load(engine, timer, np.random.default_rng(seed))
+    original = engine.scheduler_config
+    try:
+        begin = clock()
+        load.round(clock, _WARM_UP_S)
+        timer.calibration.shapes.clear()
+        timer.calibration.seconds.clear()
+        timer.calibration.submissions.clear()
+        while (spent := clock() - begin) < seconds:
+            if on_progress is not None:
+                on_progress(spent / seconds)
+            load.round(clock, _ROUND_S)
+    finally:
+        timer.close()
+        engine.configure(original)
+        engine.reset_prefix_cache()
+    return timer.calibration
+
+
+class _Load:
+    """Rounds of random requests at a random concurrency."""
+
+    def __init__(self, engine: Engine, timer: StepTimer, rng: np.random.Generator) -> None:
+        self._engine = engine
+        self._timer = timer
+        self._rng = rng
+        self._config = engine.scheduler_config
+        self._capacity = engine.arena_plan.capacity_tokens
+        self._ids = itertools.count()
+
+    def round(self, clock: Callable[[], float], seconds: float) -> None:
+        engine, rng = self._engine, self._rng
+        engine.reset_prefix_cache()
+        budget = max(16, round(self._config.max_num_batched_tokens * 2.0 ** -rng.integers(0, 4)))
+        engine.configure(replace(self._config, max_num_batched_tokens=budget))
+        most = min(self._config.max_num_seqs, budget)
+        concurrency = self._log_uniform(1, most)
+        longest = max(8, min(engine.max_model_len - _LONGEST_ANSWER, self._capacity // (concurrency + 1)))
+        low = self._log_uniform(4, longest)
+        end = clock() + seconds
+        live: set[str] = set()
+        while clock() < end:
+            while len(live) < concurrency:
+                live.add(self._send(low, longest))
+            self._timer.step()
+            live = {request_id for request_id in live if engine.is_unfinished(request_id)}
+        for request_id in live:
+            engine.abort(request_id)
+        engine.discard_outputs()
+
+    def _send(self, low: int, high: int) -> str:
+        request_id = f"calibrate/{next(self._ids)}"
+        length = self._log_uniform(low, high)
+        answer = min(self._log_uniform(4, _LONGEST_ANSWER), self._engine.max_model_len - length)
+        prompt = self._rng.integers(0, self._engine.loaded.vocab_size, length).tolist()
+        params = SamplingParams(max_tokens=answer, temperature=0.0, ignore_eos=True)
+        self._timer.submit(request_id, prompt, params)
+        return request_id
+
+    def _log_uniform(self, low: int, high: int) -> int:
+        return int(np.exp(self._rng.uniform(np.log(low), np.log(high + 1))))
+
+
+def _facts(engine: Engine) -> dict[str, Any]:
+    loaded, cache = engine.loaded, engine.cache_config
+    return {
+        "model_type": loaded.spec.model_type,
+        "weights_sha256": loaded.weights_sha256,
+        "config_sha256": loaded.config_sha256,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "kernel": engine.backend.name,
+        "num_threads": torch.get_num_threads(),
+        "k_codec": cache.k_codec,
+        "v_codec": cache.v_codec,
+        "layer_codecs": cache.to_dict()["layer_codecs"],
+        "block_size": cache.block_size,
+        "max_num_seqs": engine.scheduler_config.max_num_seqs,
+        "max_num_batched_tokens": engine.scheduler_config.max_num_batched_tokens,
+        "max_model_len": engine.max_model_len,
+        "kvtune": __version__,
+        "torch": torch.__version__,
+        "hardware": read_host().to_dict(),
+    }
