@@ -33,7 +33,7 @@ def test_json_is_one_object_with_the_promised_keys() -> None:
         ("full_attention", 18),
     }
     assert body["at_context"].keys() == {"8192", "131072"}
-    assert body["at_context"]["8192"].keys() == {"logical_bytes", "allocator_bytes"}
+    assert body["at_context"]["8192"].keys() >= {"logical_bytes", "allocator_bytes"}
     (row,) = body["capacity"]
     assert row.keys() >= {"gpu", "kv_budget_bytes", "max_tokens", "max_concurrency"}
     assert row["max_concurrency"].keys() == {"8192", "131072"}

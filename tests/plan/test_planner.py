@@ -12,14 +12,19 @@ from kvtune.spec import KVFormat, ModelSpec, Paging, allocator_bytes
 
 
 def plan_of(model: str, **request: Any) -> dict[str, Any]:
-    return plan_model(find_model(model), PlanRequest(**request))
+    return plan_model(find_model(model), PlanRequest(**request)).to_dict()
+
+
+def sizes(plan: dict[str, Any], context: str) -> tuple[int, int]:
+    at = plan["at_context"][context]
+    return at["logical_bytes"], at["allocator_bytes"]
 
 
 def test_bytes_at_a_context_are_specs_own() -> None:
     plan = plan_of("Llama-3.1-8B", contexts=(1, 8192))
     assert plan["kv"]["growth_bytes_per_token"] == 131_072
-    assert plan["at_context"]["8192"] == {"logical_bytes": 2**30, "allocator_bytes": 2**30}
-    assert plan["at_context"]["1"] == {"logical_bytes": 131_072, "allocator_bytes": 16 * 131_072}
+    assert sizes(plan, "8192") == (2**30, 2**30)
+    assert sizes(plan, "1") == (131_072, 16 * 131_072)
 
 
 def test_layers_are_counted_by_kind_and_geometry() -> None:
@@ -70,12 +75,6 @@ def test_a_model_that_does_not_fit_has_no_room_rather_than_a_negative_one() -> N
     assert set(row["max_concurrency"].values()) == {0}
 
 
-def test_tensorrt_takes_its_fraction_of_what_is_left() -> None:
-    vllm = plan_of("Llama-3.1-8B", gpu="h100", engine="vllm")["capacity"][0]["kv_budget_bytes"]
-    trtllm = plan_of("Llama-3.1-8B", gpu="h100", engine="trtllm")["capacity"][0]["kv_budget_bytes"]
-    assert trtllm > vllm
-
-
 def test_without_a_gpu_every_listed_one_is_shown() -> None:
     assert [row["gpu"] for row in plan_of("Llama-3.1-8B")["capacity"]] == list(GPUS)
 
@@ -87,9 +86,9 @@ def test_a_model_of_windows_only_has_no_longest_sequence() -> None:
 
 def test_unknown_weights_give_no_capacity_and_say_what_to_pass() -> None:
     config = {**find_model("gpt-oss-20b").config}
-    plan = plan_model(ModelSource(name="mine", config=config), PlanRequest())
+    plan = plan_model(ModelSource(name="mine", config=config), PlanRequest()).to_dict()
     assert plan["weights_bytes"] is None
-    assert plan["capacity"] == []
+    assert not plan["capacity"]
     assert any("--weights-bytes" in note for note in plan["assumptions"])
 
 
@@ -104,14 +103,14 @@ def test_what_is_assumed_is_said() -> None:
         "GPU memory",
     ):
         assert said in notes
-    assert "sized only" in " ".join(plan_of("DeepSeek-V3")["assumptions"])
-    assert "sized only" not in " ".join(plan_of("gpt-oss-20b")["assumptions"])
 
 
 @pytest.mark.parametrize(
     "request_",
     [{"kv_dtype": "int7"}, {"contexts": ()}, {"contexts": (0,)}, {"contexts": (1 << 40,)}, {"tp": 0},
-     {"block_size": -16}, {"block_size": 1 << 40}, {"weights_bytes": -1}],
+     {"block_size": -16}, {"block_size": 1 << 40}, {"weights_bytes": -1}, {"overhead": -1},
+     {"memory_fraction": 0.0}, {"memory_fraction": 1.5}, {"engine": "abacus"}, {"max_num_seqs": 0},
+     {"max_num_batched_tokens": 0}, {"concurrency": 0}, {"gpu": "h100", "kv_budget": 1 << 30}],
 )  # fmt: skip
 def test_values_out_of_range_are_usage_errors(request_: dict[str, Any]) -> None:
     with pytest.raises(UsageError):

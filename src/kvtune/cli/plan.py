@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -18,15 +19,60 @@ def plan(
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.")] = 1,
     engine: Annotated[str, typer.Option(help="Whose allocator: kvtune, vllm, sglang or trtllm.")] = "kvtune",
     gpu: Annotated[str | None, typer.Option(help="Capacity of this GPU only, e.g. H100-80GB.")] = None,
+    gpu_memory: Annotated[
+        str | None, typer.Option(help="Memory of a card that has no name here, e.g. 48GiB.")
+    ] = None,
+    kv_budget: Annotated[
+        str | None, typer.Option(help="Memory for KV over all cards, instead of an engine's own rule.")
+    ] = None,
+    memory_fraction: Annotated[
+        float | None, typer.Option(help="The engine's memory fraction; default its own.")
+    ] = None,
+    overhead: Annotated[
+        str | None, typer.Option(help="Memory per card beside weights and KV, as measured.")
+    ] = None,
     weights_bytes: Annotated[
         str | None, typer.Option(help="Size of the weights, e.g. 15GiB, where it cannot be told.")
     ] = None,
+    max_num_seqs: Annotated[
+        int | None, typer.Option(help="Sequences run at once; default the engine's own.")
+    ] = None,
+    max_num_batched_tokens: Annotated[
+        int | None, typer.Option(help="Tokens computed per step; default 512 for kvtune, else 8192.")
+    ] = None,
+    concurrency: Annotated[
+        int | None,
+        typer.Option(help="Pick cards that hold so many sequences of the longest context."),
+    ] = None,
+    prices: Annotated[
+        Path | None, typer.Option(help="CSV with columns gpu,price: pick the cheapest cards that hold it.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Size of a host memory tier, e.g. 256GiB.")] = None,
+    host_bandwidth: Annotated[str | None, typer.Option(help="Host to card, e.g. 25GB/s (assumed).")] = None,
+    disk: Annotated[str | None, typer.Option(help="Size of a disk tier, e.g. 2TiB.")] = None,
+    disk_bandwidth: Annotated[str | None, typer.Option(help="Disk to card, e.g. 3GB/s (assumed).")] = None,
+    prefill_rate: Annotated[
+        float | None, typer.Option(help="Measured prefill speed in tokens/s, to price recomputing.")
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Request file or trace: what its requests take and what changes win.")
+    ] = None,
+    trace_block_size: Annotated[
+        int | None, typer.Option(help="Prompt tokens per hash id, for traces that do not determine it.")
+    ] = None,
+    what_if: Annotated[
+        str | None,
+        typer.Option(help="Changes to try on the trace: cap=8192,truncate=4096,route=16384,codec=int8."),
+    ] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Show the formulas with the numbers.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Size a model's KV cache exactly: bytes per token and layer kind, at contexts, and what GPUs hold."""
-    from kvtune.config import parse_bytes
-    from kvtune.plan import PlanRequest, contexts_from_text, find_model, plan_model
+    from kvtune.errors import UsageError
+    from kvtune.plan import PlanRequest, contexts_from_text, find_model, plan_model, read_prices
 
+    if what_if is not None and trace is None:
+        raise UsageError("--what-if changes the requests of a trace: add --trace FILE")
     request = PlanRequest(
         contexts=contexts_from_text(context),
         kv_dtype=kv_dtype,
@@ -34,93 +80,76 @@ def plan(
         tp=tp,
         engine=engine,
         gpu=gpu,
-        weights_bytes=None if weights_bytes is None else parse_bytes(weights_bytes),
+        gpu_memory=_bytes(gpu_memory),
+        kv_budget=_bytes(kv_budget),
+        memory_fraction=memory_fraction,
+        overhead=_bytes(overhead),
+        weights_bytes=_bytes(weights_bytes),
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        concurrency=concurrency,
     )
-    result = plan_model(find_model(model), request)
+    source = find_model(model)
+    tiers = _tiers({"host": (host, host_bandwidth), "disk": (disk, disk_bandwidth)})
+    result = plan_model(
+        source,
+        request,
+        prices=None if prices is None else read_prices(prices),
+        tiers=tiers,
+        prefill_rate=prefill_rate,
+    )
+    on_trace = None
+    if trace is not None:
+        budget = result.capacity[0].kv_budget_bytes if len(result.capacity) == 1 else None
+        on_trace = _plan_trace(trace, trace_block_size, what_if, source, request, budget, tiers)
     if as_json:
-        print(json.dumps(result))
-    else:
-        _show(result)
+        out = result.to_dict(explain=explain)
+        if on_trace is not None:
+            out["trace"] = on_trace.to_dict()
+        print(json.dumps(out))
+        return
+    from kvtune.cli.plan_text import plan_lines
+
+    print("\n".join(plan_lines(result, on_trace, explain=explain)))
 
 
-def _show(plan: dict[str, Any]) -> None:
-    """Three small tables and what they assume."""
-    from rich.console import Console
+def _bytes(text: str | None) -> int | None:
+    from kvtune.config import parse_bytes
 
-    from kvtune.config import format_bytes
-
-    console = Console(highlight=False, markup=False)
-    kv = plan["kv"]
-    k, v = kv["k_storage"], kv["v_storage"]
-    storage = k if k == v else f"K {k}, V {v}"
-    console.print(
-        f"{plan['model']}: {plan['engine']}, {storage}, blocks of {plan['block_size']}, TP {plan['tp']}",
-        style="bold",
-    )
-    console.print(
-        f"{kv['growth_bytes_per_token']:,} B per token + "
-        f"{format_bytes(kv['fixed_bytes_per_sequence'])} per sequence (logical)"
-    )
-    console.print(_layers_table(kv["layers"]))
-    console.print(_context_table(plan))
-    if plan["capacity"]:
-        console.print(_capacity_table(plan))
-        small = [row["gpu"] for row in plan["capacity"] if not row["kv_budget_bytes"]]
-        if small:
-            console.print(f" too small for the weights alone: {', '.join(small)}")
-    for note in plan["assumptions"]:
-        console.print(f"- {note}", style="dim")
+    return None if text is None else parse_bytes(text)
 
 
-def _layers_table(rows: list[dict[str, Any]]) -> Any:
-    from rich.table import Table
+def _tiers(given: dict[str, tuple[str | None, str | None]]) -> list[Any]:
+    from kvtune.errors import UsageError
+    from kvtune.plan import TierRequest
 
-    from kvtune.config import format_bytes
-
-    table = Table("layers", "kind", "KV heads", "dims K/V", "window", "B/token", "state", box=None)
-    for row in rows:
-        has_heads = row["num_kv_heads"] > 0
-        table.add_row(
-            str(row["count"]),
-            row["kind"],
-            str(row["num_kv_heads"]) if has_heads else "-",
-            f"{row['k_head_dim']}/{row['v_head_dim']}" if has_heads else "-",
-            "-" if row["window"] is None else f"{row['window']:,}",
-            f"{row['bytes_per_token']:,}" if row["bytes_per_token"] else "-",
-            format_bytes(row["state_bytes"]) if row["state_bytes"] else "-",
-        )
-    return table
-
-
-def _context_table(plan: dict[str, Any]) -> Any:
-    from rich.table import Table
-
-    from kvtune.config import format_bytes
-
-    table = Table("context", "logical", "allocator", box=None)
-    for context, sizes in plan["at_context"].items():
-        table.add_row(
-            f"{int(context):,}", format_bytes(sizes["logical_bytes"]), format_bytes(sizes["allocator_bytes"])
-        )
-    return table
-
-
-def _capacity_table(plan: dict[str, Any]) -> Any:
-    from rich.table import Table
-
-    from kvtune.config import format_bytes
-
-    contexts = list(plan["at_context"])
-    heads = [f"{int(context):,} at once" for context in contexts]
-    table = Table("GPU", "KV budget", "longest sequence", *heads, box=None)
-    for row in plan["capacity"]:
-        if not row["kv_budget_bytes"]:
+    tiers: list[TierRequest] = []
+    for name, (size, bandwidth) in given.items():
+        if size is None:
+            if bandwidth is not None:
+                raise UsageError(f"--{name}-bandwidth needs the size of the tier: --{name} 256GiB")
             continue
-        longest = "unbounded" if row["max_tokens"] is None else f"{row['max_tokens']:,} tokens"
-        table.add_row(
-            f"{row['num_gpus']} x {row['gpu']}",
-            format_bytes(row["kv_budget_bytes"]),
-            longest,
-            *(f"{row['max_concurrency'][context]:,}" for context in contexts),
-        )
-    return table
+        rate = None if bandwidth is None else _bytes(bandwidth.strip().removesuffix("/s"))
+        tiers.append(TierRequest(name=name, size=_bytes(size) or 0, bandwidth=rate))
+    return tiers
+
+
+def _plan_trace(
+    path: Path,
+    block_size: int | None,
+    what_if: str | None,
+    source: Any,
+    request: Any,
+    budget: int | None,
+    tiers: list[Any],
+) -> Any:
+    import sys
+
+    from kvtune.plan import changes_from_text, plan_trace, size_model
+    from kvtune.workload import load_workload
+
+    changes = None if what_if is None else changes_from_text(what_if)
+    print(f"reading {path} ...", file=sys.stderr)
+    workload = load_workload(path, trace_block_size=block_size)
+    sizing = size_model(source, request)
+    return plan_trace(workload, sizing, request, budget=budget, changes=changes, tiers=tiers)

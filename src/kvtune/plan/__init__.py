@@ -2,18 +2,48 @@
 
 from __future__ import annotations
 
-from kvtune.plan.hardware import GPUS, find_gpu
+from kvtune.plan.budget import KVBudget, kv_budget
+from kvtune.plan.capacity import CapacityRow, Pick
+from kvtune.plan.findings import Finding
+from kvtune.plan.hardware import GPU, GPUS, find_gpu
 from kvtune.plan.models import ModelSource, bundled_models, find_model
-from kvtune.plan.planner import KV_DTYPES, PlanRequest, contexts_from_text, plan_model
+from kvtune.plan.planner import LayerRow, Plan, Sizing, plan_model, size_model
+from kvtune.plan.prices import read_prices
+from kvtune.plan.request import KV_DTYPES, PlanRequest, contexts_from_text
+from kvtune.plan.tiers import TierLoad, TierPlan, TierRequest
+from kvtune.plan.trace_plan import PrefixReuse, TierShare, TracePlan, plan_trace
+from kvtune.plan.whatif import Change, Holding, WhatIf, changes_from_text
 
 __all__ = [
+    "GPU",
     "GPUS",
     "KV_DTYPES",
+    "CapacityRow",
+    "Change",
+    "Finding",
+    "Holding",
+    "KVBudget",
+    "LayerRow",
     "ModelSource",
+    "Pick",
+    "Plan",
     "PlanRequest",
+    "PrefixReuse",
+    "Sizing",
+    "TierLoad",
+    "TierPlan",
+    "TierRequest",
+    "TierShare",
+    "TracePlan",
+    "WhatIf",
     "bundled_models",
+    "changes_from_text",
     "contexts_from_text",
     "find_gpu",
     "find_model",
+    "kv_budget",
     "plan_model",
+    "plan_trace",
+    "read_prices",
+    "size_model",
 ]

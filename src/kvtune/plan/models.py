@@ -19,12 +19,16 @@ _MAX_CONFIG_BYTES = 16 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSource:
-    """A model's config dict, where it came from, and the bytes of its weights where they are known."""
+    """A model's config dict, where it came from, and the bytes of its weights where they are known.
+
+    `active_parameters`: those that one token meets, None where not known.
+    """
 
     name: str
     config: Mapping[str, Any]
     weights_bytes: int | None = None
     weights_basis: str = ""
+    active_parameters: int | None = None
 
 
 def bundled_models() -> list[str]:
@@ -72,6 +76,7 @@ def _bundled(model: str) -> ModelSource:
         config=config,
         weights_bytes=facts["weights_bytes"],
         weights_basis=f"{facts['parameters']:,} parameters, {facts['basis']}",
+        active_parameters=facts["active_parameters"],
     )
 
 

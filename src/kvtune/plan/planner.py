@@ -1,117 +1,172 @@
-"""The plan of a model: bytes per token and sequence, bytes at contexts, what GPUs hold."""
+"""The plan of a model: bytes per token and sequence, bytes at contexts, what cards and tiers hold."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from kvtune.config import SchedulerConfig, format_bytes
+from kvtune.config import format_bytes
 from kvtune.errors import UsageError
-from kvtune.plan.hardware import GPUS, find_gpu
+from kvtune.plan.budget import OVERHEAD_BYTES
+from kvtune.plan.capacity import CapacityRow, Pick, capacity_row, given_budget_row, pick_cards
+from kvtune.plan.explain import explain
+from kvtune.plan.findings import Finding, find_problems
+from kvtune.plan.hardware import GPU, GPUS, find_gpu
 from kvtune.plan.models import ModelSource
+from kvtune.plan.recompute import prefill_model
+from kvtune.plan.request import PlanRequest
+from kvtune.plan.tiers import TierPlan, TierRequest, plan_tier
 from kvtune.plan.weights import dense_weights_bytes
 from kvtune.spec import (
+    AllocatorModel,
+    Breakdown,
     KVFormat,
-    LayerKind,
     LayerSpec,
     ModelSpec,
     Paging,
-    allocator_bytes,
+    check_tensor_parallel,
     fixed_bytes_per_sequence,
     growth_bytes_per_token,
     kv_format,
     layer_token_bytes,
-    logical_bytes,
+    valid_tensor_parallel,
 )
 
-__all__ = ["KV_DTYPES", "PlanRequest", "contexts_from_text", "plan_model"]
+__all__ = ["LayerRow", "Plan", "Sizing", "plan_model", "size_model"]
 
 SCHEMA_VERSION = 1
-KV_DTYPES = ("auto", "bf16", "fp16", "fp32", "fp8", "int8", "int4", "k8v4", "nvfp4")
-MEMORY_FRACTION = 0.9
-OVERHEAD_BYTES = 2 << 30
-"""Per GPU, beside weights and KV: context, activations, graphs. A round figure, named in every plan."""
-MAX_CONTEXT = 1 << 27
-MAX_TP = 1024
-MAX_BLOCK_SIZE = 1 << 16
+_MOST_CARDS = 16
+"""The picker looks no further: beyond, a model is split over machines."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlanRequest:
-    """What to plan for. `gpu` None: every listed GPU. UsageError for values outside their range."""
+class LayerRow:
+    """Layers alike in kind, geometry and bytes (one copy, one rank), counted."""
 
-    contexts: Sequence[int] = (8192, 131072)
-    kv_dtype: str = "auto"
-    block_size: int = 16
-    tp: int = 1
-    engine: str = "kvtune"
-    gpu: str | None = None
-    weights_bytes: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.kv_dtype not in KV_DTYPES:
-            raise UsageError(f"unknown --kv-dtype {self.kv_dtype!r}; known: {', '.join(KV_DTYPES)}")
-        limits = [("--context", n, MAX_CONTEXT) for n in self.contexts]
-        limits += [("--tp", self.tp, MAX_TP), ("--block-size", self.block_size, MAX_BLOCK_SIZE)]
-        for name, value, high in limits:
-            if not 1 <= value <= high:
-                raise UsageError(f"{name} must lie between 1 and {high}, found {value}")
-        if not self.contexts:
-            raise UsageError("--context needs at least one number of tokens")
-        if self.weights_bytes is not None and self.weights_bytes < 0:
-            raise UsageError(f"--weights-bytes must not be negative, found {self.weights_bytes}")
+    kind: str
+    count: int
+    num_kv_heads: int
+    k_head_dim: int
+    v_head_dim: int
+    window: int | None
+    bytes_per_token: int
+    state_bytes: int
 
 
-def plan_model(source: ModelSource, request: PlanRequest) -> dict[str, Any]:
-    """The plan as one JSON-ready dict (keys: docs of `kvtune plan`).
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """All numbers of a plan. `at_context`: one breakdown per asked context. `prefill_basis`: what the time
+    of computing again rests on, None where no tier was asked for or it is not known."""
+
+    model: str
+    model_type: str
+    max_model_len: int | None
+    engine: str
+    kv_dtype: str
+    block_size: int
+    effective_block_size: int
+    tp: int
+    weights_bytes: int | None
+    k_storage: str
+    v_storage: str
+    growth_bytes_per_token: int
+    fixed_bytes_per_sequence: int
+    layers: tuple[LayerRow, ...]
+    at_context: tuple[Breakdown, ...]
+    capacity: tuple[CapacityRow, ...] = ()
+    picks: tuple[Pick, ...] = ()
+    tiers: tuple[TierPlan, ...] = ()
+    prefill_basis: str | None = None
+    findings: tuple[Finding, ...] = ()
+    assumptions: tuple[str, ...] = ()
+    formulas: tuple[str, ...] = field(default=(), repr=False)
+
+    def to_dict(self, *, explain: bool = False) -> dict[str, Any]:
+        """The JSON object of `kvtune plan --json`; `explain` adds the formulas under that name."""
+        own = dataclasses.asdict(self)
+        formulas = own.pop("formulas")
+        if explain:
+            own["explain"] = list(formulas)
+        kv_names = (
+            "k_storage", "v_storage", "growth_bytes_per_token", "fixed_bytes_per_sequence", "layers",
+        )  # fmt: skip
+        kv = {name: own.pop(name) for name in kv_names}
+        own["at_context"] = {str(row.pop("num_tokens")): row for row in own["at_context"]}
+        return {"schema_version": SCHEMA_VERSION, "model": own.pop("model"), "kv": kv, **own}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizing:
+    """A model under one engine's settings: what every part of a plan computes from."""
+
+    spec: ModelSpec
+    kv: KVFormat
+    model: AllocatorModel
+
+
+def size_model(source: ModelSource, request: PlanRequest) -> Sizing:
+    """Raises UnsupportedModelError for models and UsageError for settings that cannot be sized."""
+    spec = ModelSpec.from_config(source.config)
+    check_tensor_parallel(spec, request.tp)
+    kv = kv_format(request.engine, request.kv_dtype, spec)
+    return Sizing(spec=spec, kv=kv, model=_allocator(spec, kv, request, request.tp))
+
+
+def _allocator(spec: ModelSpec, kv: KVFormat, request: PlanRequest, tp: int) -> AllocatorModel:
+    paging = Paging(block_size=request.block_size, tp=tp, chunk=request.chunk)
+    return AllocatorModel(spec, kv, request.engine, paging)
+
+
+def plan_model(
+    source: ModelSource,
+    request: PlanRequest,
+    *,
+    prices: Sequence[tuple[GPU, float]] | None = None,
+    tiers: Sequence[TierRequest] = (),
+    prefill_rate: float | None = None,
+) -> Plan:
+    """Size `source` as `request` says.
 
     `logical_bytes` are elements and scales of one copy; `allocator_bytes` what the engine's pools hold for
-    one sequence over all `tp` ranks. Raises UnsupportedModelError for models and UsageError for settings
-    that cannot be sized.
+    one sequence over all `tp` ranks. With `prices` or `request.concurrency`, cards are picked as well.
+    `prefill_rate` in tokens/s prices recomputing, else the card's throughput does. Raises
+    UnsupportedModelError for models and UsageError for settings that cannot be sized.
     """
-    spec = ModelSpec.from_config(source.config)
-    kv = kv_format(request.engine, request.kv_dtype, spec)
-    paging = Paging(block_size=request.block_size, tp=request.tp, chunk=_chunk(request.engine))
-
-    def size(num_tokens: int) -> int:
-        return allocator_bytes(spec, num_tokens, kv, request.engine, paging)
-
+    sizing = size_model(source, request)
+    spec, kv, model = sizing.spec, sizing.kv, sizing.model
     weights, basis = _weights(source, spec, request)
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "model": source.name,
-        "model_type": spec.model_type,
-        "max_model_len": spec.max_model_len,
-        "engine": request.engine,
-        "kv_dtype": request.kv_dtype,
-        "block_size": request.block_size,
-        "tp": request.tp,
-        "weights_bytes": weights,
-        "kv": {
-            "k_storage": kv.k.name,
-            "v_storage": kv.v.name,
-            "growth_bytes_per_token": growth_bytes_per_token(spec, kv),
-            "fixed_bytes_per_sequence": fixed_bytes_per_sequence(spec, kv),
-            "layers": _layer_rows(spec, kv),
-        },
-        "at_context": {
-            str(n): {"logical_bytes": logical_bytes(spec, n, kv), "allocator_bytes": size(n)}
-            for n in request.contexts
-        },
-        "capacity": _capacity(request, weights, size),
-        "assumptions": _assumptions(spec, request, paging, weights, basis),
-    }
+    gpu = _one_gpu(request)
+    capacity = _capacity(gpu, model, weights, request, spec.max_model_len)
+    prefill = prefill_model(source, spec, gpu, request.tp, prefill_rate) if tiers else None
+    return Plan(
+        model=source.name,
+        model_type=spec.model_type,
+        max_model_len=spec.max_model_len,
+        engine=request.engine,
+        kv_dtype=request.kv_dtype,
+        block_size=request.block_size,
+        effective_block_size=model.effective_block_size(),
+        tp=request.tp,
+        weights_bytes=weights,
+        k_storage=kv.k.name,
+        v_storage=kv.v.name,
+        growth_bytes_per_token=growth_bytes_per_token(spec, kv),
+        fixed_bytes_per_sequence=fixed_bytes_per_sequence(spec, kv),
+        layers=_layer_rows(spec, kv),
+        at_context=tuple(model.breakdown(n) for n in request.contexts),
+        capacity=capacity,
+        picks=_picks(sizing, weights, request, prices),
+        tiers=tuple(plan_tier(tier, model, request.contexts, prefill) for tier in tiers),
+        prefill_basis=None if prefill is None else prefill.basis,
+        findings=tuple(find_problems(spec, kv, model, request)),
+        assumptions=tuple(_assumptions(spec, request, weights, basis)),
+        formulas=explain(spec, kv, model, request.contexts, capacity if len(capacity) == 1 else ()),
+    )
 
 
-def _chunk(engine: str) -> int:
-    """Tokens of one sequence in one step at most, by default."""
-    return SchedulerConfig().max_num_batched_tokens if engine == "kvtune" else Paging().chunk
-
-
-def _layer_rows(spec: ModelSpec, kv: KVFormat) -> list[dict[str, Any]]:
-    """Layers alike in kind, geometry and bytes, counted."""
-
+def _layer_rows(spec: ModelSpec, kv: KVFormat) -> tuple[LayerRow, ...]:
     def key(layer: LayerSpec) -> tuple[Any, ...]:
         return (*layer.geometry, layer_token_bytes(layer, kv), layer.state_bytes)
 
@@ -121,7 +176,7 @@ def _layer_rows(spec: ModelSpec, kv: KVFormat) -> list[dict[str, Any]]:
     names = (
         "kind", "num_kv_heads", "k_head_dim", "v_head_dim", "window", "bytes_per_token", "state_bytes",
     )  # fmt: skip
-    return [{**dict(zip(names, row, strict=True)), "count": count} for row, count in counts.items()]
+    return tuple(LayerRow(count=count, **dict(zip(names, row, strict=True))) for row, count in counts.items())
 
 
 def _weights(source: ModelSource, spec: ModelSpec, request: PlanRequest) -> tuple[int | None, str]:
@@ -132,83 +187,82 @@ def _weights(source: ModelSource, spec: ModelSpec, request: PlanRequest) -> tupl
     return dense_weights_bytes(source.config, spec), "counted from the config's sizes"
 
 
-def _capacity(request: PlanRequest, weights: int | None, size: Callable[[int], int]) -> list[dict[str, Any]]:
-    """What `tp` GPUs of each kind hold; empty where the weights' size is unknown."""
-    gpus = list(GPUS.values()) if request.gpu is None else [find_gpu(request.gpu)]
+def _one_gpu(request: PlanRequest) -> GPU | None:
+    """The card asked for, None where all or none is."""
+    if request.gpu_memory is not None:
+        return GPU(name=f"{format_bytes(request.gpu_memory)} card", memory_bytes=request.gpu_memory)
+    return None if request.gpu is None else find_gpu(request.gpu)
+
+
+def _capacity(
+    gpu: GPU | None,
+    model: AllocatorModel,
+    weights: int | None,
+    request: PlanRequest,
+    max_model_len: int | None,
+) -> tuple[CapacityRow, ...]:
+    """What `tp` cards of each kind hold; empty where the weights' size is unknown."""
+    if request.kv_budget is not None:
+        return (given_budget_row(request.kv_budget, model, request, max_model_len),)
     if weights is None:
-        return []
-    rows: list[dict[str, Any]] = []
-    for gpu in gpus:
-        budget = _kv_budget(gpu.memory_bytes, weights, request)
-        fits = {str(n): budget // max(1, size(n)) for n in request.contexts}
-        rows.append(
-            {
-                "gpu": gpu.name,
-                "num_gpus": request.tp,
-                "kv_budget_bytes": budget,
-                "max_tokens": _longest(size, budget),
-                "max_concurrency": fits,
-            }
-        )
-    return rows
+        return ()
+    cards = [gpu] if gpu is not None else GPUS.values()
+    return tuple(capacity_row(card, model, weights, request, max_model_len) for card in cards)
 
 
-def _kv_budget(memory: int, weights: int, request: PlanRequest) -> int:
-    """KV bytes over all ranks. TensorRT-LLM takes its fraction of what is left, the others of the whole."""
-    other = weights + OVERHEAD_BYTES * request.tp
-    total = memory * request.tp
-    if request.engine == "trtllm":
-        return max(0, int((total - other) * MEMORY_FRACTION))
-    return max(0, int(total * MEMORY_FRACTION) - other)
+def _picks(
+    sizing: Sizing, weights: int | None, request: PlanRequest, prices: Sequence[tuple[GPU, float]] | None
+) -> tuple[Pick, ...]:
+    if prices is None and request.concurrency is None:
+        return ()
+    if weights is None:
+        raise UsageError("picking cards needs the size of the weights; pass --weights-bytes")
+    cards = [(gpu, None) for gpu in GPUS.values()] if prices is None else prices
+    sizes = valid_tensor_parallel(sizing.spec, _MOST_CARDS)
+    models: Mapping[int, AllocatorModel] = {
+        tp: _allocator(sizing.spec, sizing.kv, request, tp) for tp in sizes
+    }
+    return tuple(pick_cards(cards, models, weights, request))
 
 
-def _longest(size: Callable[[int], int], budget: int) -> int | None:
-    """The longest single sequence a budget holds; None where bytes stop growing before MAX_CONTEXT does."""
-    if size(MAX_CONTEXT) <= budget:
-        return None
-    low, high = 0, MAX_CONTEXT  # low fits, high does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if size(middle) <= budget else (low, middle)
-    return low
-
-
-def _assumptions(
-    spec: ModelSpec, request: PlanRequest, paging: Paging, weights: int | None, basis: str
-) -> list[str]:
+def _assumptions(spec: ModelSpec, request: PlanRequest, weights: int | None, basis: str) -> list[str]:
     notes = [
         "logical: elements and scales of one copy; allocator: what the engine's pools hold for one sequence "
-        f"at its peak, summed over {request.tp} tensor-parallel rank(s)"
+        f"at its peak, summed over {request.tp} tensor-parallel rank(s); both hold for this config and these "
+        "settings, whatever the traffic"
     ]
     if any(layer.window is not None for layer in spec.layers):
         notes.append(
-            f"windows: a prefill step of {paging.chunk} tokens is held on top of the window at the peak; "
+            f"windows: a prefill step of {request.chunk} tokens is held on top of the window at the peak; "
             "capacity counts every sequence at its peak"
         )
     if any(layer.state_bytes for layer in spec.layers):
         notes.append("recurrent state: one copy per sequence, no state kept for prefix reuse")
     if request.engine in ("sglang", "trtllm"):
         notes.append(f"{request.engine}: whole blocks per layer group; further padding is not modelled")
-    runs = {LayerKind.FULL, LayerKind.SLIDING}
-    if request.engine == "kvtune" and not {layer.kind for layer in spec.layers} <= runs:
-        notes.append("sized only: kvtune's own engine runs full and sliding attention layers")
     if spec.max_model_len is not None and max(request.contexts) > spec.max_model_len:
         notes.append(
             f"contexts beyond the model's own limit of {spec.max_model_len} tokens are sized as asked"
         )
+    return [*notes, *_capacity_notes(request, weights, basis)]
+
+
+def _capacity_notes(request: PlanRequest, weights: int | None, basis: str) -> list[str]:
+    if request.kv_budget is not None:
+        return ["capacity: of the KV budget as given; sequences share no prefix"]
     if weights is None:
-        notes.append("no capacity: the size of the weights is unknown; pass --weights-bytes")
-    else:
-        notes.append(
-            f"capacity: {MEMORY_FRACTION:.0%} of GPU memory, weights {format_bytes(weights)} ({basis}), "
-            f"{format_bytes(OVERHEAD_BYTES)} per GPU for everything else"
-        )
-    return notes
+        return ["no capacity: the size of the weights is unknown; pass --weights-bytes"]
+    return [
+        f"capacity: GPU memory under {request.engine}'s own rule, weights {format_bytes(weights)} ({basis}), "
+        f"for everything else {_overhead_note(request)}; sequences share no prefix; holds until driver, "
+        "engine version or batch limits change"
+    ]
 
 
-def contexts_from_text(text: str) -> tuple[int, ...]:
-    """`"8192,131072"` -> (8192, 131072), repeats dropped. UsageError on anything but whole numbers."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() and len(part) <= 12 for part in parts):
-        raise UsageError(f"--context expects token counts such as 8192,131072, found {text[:80]!r}")
-    return tuple(sorted({int(part) for part in parts}))
+def _overhead_note(request: PlanRequest) -> str:
+    if request.overhead is not None:
+        return f"{format_bytes(request.overhead)} per card as given"
+    if request.engine == "sglang":
+        return "what mem_fraction_static leaves"
+    default = format_bytes(OVERHEAD_BYTES)
+    return f"{default} per card, a round figure (measured ones: 2.1 to 7.4 GiB; see --overhead)"

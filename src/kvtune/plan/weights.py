@@ -7,7 +7,7 @@ from typing import Any
 
 from kvtune.spec import LayerKind, ModelSpec, text_config
 
-__all__ = ["dense_weights_bytes"]
+__all__ = ["dense_parameters", "dense_weights_bytes"]
 
 _GATED_DENSE = frozenset({"gemma", "gemma2", "gemma3", "gemma3_text", "glm4", "granite", "llama", "mistral",
                           "olmo2", "phi3", "qwen2", "qwen3", "smollm3"})  # fmt: skip
@@ -17,7 +17,13 @@ _PARAMETER_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def dense_weights_bytes(config: Mapping[str, Any], spec: ModelSpec) -> int | None:
-    """Weights of a plain dense decoder: embeddings, projections and gated MLP (norms and biases left out).
+    """Bytes of the weights of a plain dense decoder, None where `dense_parameters` does not know them."""
+    parameters = dense_parameters(config, spec)
+    return None if parameters is None else parameters * _PARAMETER_BYTES[spec.dtype]
+
+
+def dense_parameters(config: Mapping[str, Any], spec: ModelSpec) -> int | None:
+    """Parameters of a plain dense decoder: embeddings, projections and gated MLP (norms and biases left out).
 
     Within 0.1 % of the real count for Llama-3.1 and Qwen3. None where the formula does not apply (experts,
     quantised checkpoints, other families) or a field is missing.
@@ -30,14 +36,13 @@ def dense_weights_bytes(config: Mapping[str, Any], spec: ModelSpec) -> int | Non
     if None in sizes:
         return None
     vocab, hidden, inner, heads = (size or 0 for size in sizes)
-    embeddings = vocab * hidden * (1 if raw.get("tie_word_embeddings") else 2)
-    total = embeddings
+    total = vocab * hidden * (1 if raw.get("tie_word_embeddings") else 2)
     for layer in spec.layers:
         if layer.kind not in (LayerKind.FULL, LayerKind.SLIDING):
             return None
         attention = 2 * heads * layer.k_head_dim + layer.num_kv_heads * (layer.k_head_dim + layer.v_head_dim)
         total += hidden * (attention + 3 * inner)
-    return total * _PARAMETER_BYTES[spec.dtype]
+    return total
 
 
 def _size(value: object) -> int | None:

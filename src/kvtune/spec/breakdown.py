@@ -71,6 +71,12 @@ class AllocatorModel:
             total += blocks * term.block_bytes + term.fixed_bytes
         return self.paging.tp * total
 
+    def prefix_bytes(self, num_tokens: int) -> int:
+        """Bytes a cached prefix takes: whole blocks of every group, those a window has left included, since
+        they stay until they are evicted."""
+        blocks = ((-(-num_tokens // t.block_size), t.block_bytes) for t in self.terms if t.block_bytes)
+        return self.paging.tp * sum(count * size for count, size in blocks)
+
     def effective_block_size(self) -> int:
         """Tokens of the longest block: what a prefix must fill before any of it can be shared."""
         return max((term.block_size for term in self.terms if term.block_bytes), default=1)
