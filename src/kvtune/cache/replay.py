@@ -19,6 +19,7 @@ from functools import cached_property
 from typing import Final, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from kvtune.cache.replay_native import NativeCore, NativeCurve, NativeReplay, NativeTrace, library_path
 from kvtune.cache.replay_python import PYTHON_POLICIES, PythonCurve, PythonReplay, PythonTrace
@@ -64,15 +65,15 @@ class TenantHits:
 class ReplayResult:
     """What one policy hit at one capacity.
 
-    `capacity_blocks` is None for an unbounded cache. Totals count the blocks that may be cached (with
-    `full_blocks_only`: full ones) and all prompt tokens, those of unknown content included. `evictions`
-    are the blocks that left, in order; None unless asked for. `core_bytes`: memory of the replay core, None
-    where Python keeps it.
+    `capacity_blocks` is None for an unbounded cache. `request_blocks` int64 [R] are the blocks that may be
+    cached (with `full_blocks_only`: full ones); `tokens_total` counts all prompt tokens, those of unknown
+    content included. `evictions` are the blocks that left, in order; None unless asked for. `core_bytes`:
+    memory of the replay core, None where Python keeps it.
     """
 
     policy: str
     capacity_blocks: int | None
-    blocks_total: int
+    request_blocks: npt.NDArray[np.int64]
     tokens_total: int
     outcome: Outcome
     evictions: Int32Array | None
@@ -83,6 +84,10 @@ class ReplayResult:
     @property
     def num_requests(self) -> int:
         return len(self.outcome.hit_blocks)
+
+    @cached_property
+    def blocks_total(self) -> int:
+        return int(self.request_blocks.sum())
 
     @cached_property
     def blocks_hit(self) -> int:
@@ -99,6 +104,13 @@ class ReplayResult:
     @property
     def token_hit_rate(self) -> float:
         return _share(self.tokens_hit, self.tokens_total)
+
+    @property
+    def second_half_block_hit_rate(self) -> float:
+        """Hit blocks over blocks of the later half of the requests, served by a warm cache."""
+        half = self.num_requests // 2
+        hits = int(self.outcome.hit_blocks[half:].sum(dtype=np.int64))
+        return _share(hits, int(self.request_blocks[half:].sum(dtype=np.int64)))
 
     @property
     def num_evicted(self) -> int:
@@ -168,12 +180,17 @@ class Replayer:
         self._trace = _prepared(trace, core)
         self.core = "native" if isinstance(self._trace, NativeTrace) else "python"
 
+    @property
+    def full_blocks_only(self) -> bool:
+        """Whether requests are served by an engine's rules."""
+        return self._limits is not None
+
     @cached_property
-    def blocks_total(self) -> int:
-        """References that may be cached."""
+    def _request_blocks(self) -> npt.NDArray[np.int64]:
+        """[R] references that may be cached."""
         if self._limits is None:
-            return self.trace.num_references
-        return int(self._limits.num_blocks.sum(dtype=np.int64))
+            return np.diff(self.trace.request_start)
+        return self._limits.num_blocks.astype(np.int64)
 
     @cached_property
     def tokens_total(self) -> int:
@@ -206,7 +223,7 @@ class Replayer:
         return ReplayResult(
             policy=policy,
             capacity_blocks=capacity,
-            blocks_total=self.blocks_total,
+            request_blocks=self._request_blocks,
             tokens_total=self.tokens_total,
             outcome=outcome,
             evictions=run.log() if keep_log else None,
@@ -246,16 +263,9 @@ class Replayer:
     def tenants(self, result: ReplayResult) -> tuple[TenantHits, ...]:
         """The hits of each tenant, those with most prompt tokens first."""
         count, tenant = len(self.trace.tenants), self.trace.tenant
-        blocks = np.diff(self.trace.request_start) if self._limits is None else self._limits.num_blocks
-        columns = [
-            np.bincount(tenant, weights=values, minlength=count).astype(np.int64)
-            for values in (
-                blocks,
-                result.outcome.hit_blocks,
-                self.trace.prompt_tokens,
-                result.outcome.hit_tokens,
-            )
-        ]
+        outcome = result.outcome
+        summed = (self._request_blocks, outcome.hit_blocks, self.trace.prompt_tokens, outcome.hit_tokens)
+        columns = [np.bincount(tenant, weights=values, minlength=count).astype(np.int64) for values in summed]
         requests = np.bincount(tenant, minlength=count)
         order = np.argsort(-columns[2], kind="stable")
         return tuple(
