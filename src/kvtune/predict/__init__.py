@@ -9,7 +9,7 @@ from kvtune.predict.distribution import LengthDistribution
 from kvtune.predict.gate import Gate
 from kvtune.predict.lengths import LengthKey, LengthPredictor
 from kvtune.predict.peak import Growth, PeakForecast, horizons_of, peak_forecast, survival_rows
-from kvtune.predict.reuse import HitRateForecast, ReturnPredictor, forecast_hit_rate
+from kvtune.predict.reuse import ReturnPredictor
 from kvtune.predict.sessions import PrefixSessions, PrefixView
 
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "ArrivalPredictor",
     "Gate",
     "Growth",
-    "HitRateForecast",
     "LengthDistribution",
     "LengthKey",
     "LengthPredictor",
@@ -25,7 +24,6 @@ __all__ = [
     "PrefixSessions",
     "PrefixView",
     "ReturnPredictor",
-    "forecast_hit_rate",
     "horizons_of",
     "peak_forecast",
     "survival_rows",
