@@ -12,7 +12,7 @@ from collections import defaultdict
 import pytest
 
 from kvtune.errors import UsageError
-from kvtune.workload import builtin_cases, generate_chat, workload_statistics
+from kvtune.workload import builtin_cases, demo_chat, generate_chat, workload_statistics
 from kvtune.workload.material import collect_passages
 from kvtune.workload.statistics import transcript
 
@@ -146,6 +146,19 @@ def test_built_in_cases_hold_as_many_requests_as_asked_and_the_malformed_ones():
     }
     assert max(lengths["easy"]) <= 9000 / 8 < min(lengths["average"])
     assert max(lengths["average"]) <= 4500 < min(lengths["long_context"])
+
+
+def test_the_demo_chat_holds_all_four_cases_in_order_of_arrival():
+    workload = demo_chat(300, seed=3)
+    counts = defaultdict(int)
+    for request in workload.requests:
+        counts[request.tags["case"]] += 1
+    assert set(counts) == {"easy", "average", "long_context", "malformed"}
+    assert sum(counts.values()) - counts["malformed"] == 300
+    assert [r.arrival_s for r in workload.requests] == sorted(r.arrival_s for r in workload.requests)
+    malformed = [r.arrival_s for r in workload.requests if r.tags["case"] == "malformed"]
+    assert max(malformed) - min(malformed) > 0.5 * workload.requests[-1].arrival_s
+    assert demo_chat(300, seed=3) == workload
 
 
 def test_an_unknown_case_is_refused():

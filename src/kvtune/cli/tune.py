@@ -133,12 +133,12 @@ def _model_path(model: Path | None, *, demo: bool) -> Path:
 def read_workload(
     file: Path | None, *, demo: bool, seed: int, block_size: int | None, limit: int | None
 ) -> Workload:
-    from kvtune.workload import generate_chat, load_workload
+    from kvtune.workload import demo_chat, load_workload
 
     if file is not None:
         return load_workload(file, trace_block_size=block_size, limit=limit)
     if demo:
-        return generate_chat(num_requests=limit or DEMO_REQUESTS, seed=seed, max_chars=4000)
+        return demo_chat(limit or DEMO_REQUESTS, seed=seed, max_chars=4000)
     raise UsageError("which traffic? give --workload FILE with your requests, or --demo")
 
 

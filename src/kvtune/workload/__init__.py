@@ -2,7 +2,7 @@
 only lengths and hashes, generators, splits and reuse statistics. No tensors."""
 
 from kvtune.workload.blocks import BlockTrace, block_trace
-from kvtune.workload.builtin import BUILTIN_CASES, builtin_cases, malformed_files
+from kvtune.workload.builtin import BUILTIN_CASES, builtin_cases, demo_chat, malformed_files
 from kvtune.workload.chat import generate_chat
 from kvtune.workload.formats import FORMATS
 from kvtune.workload.formats.canonical import write_workload
@@ -33,6 +33,7 @@ __all__ = [
     "WorkloadRequest",
     "block_trace",
     "builtin_cases",
+    "demo_chat",
     "generate_chat",
     "load_workload",
     "malformed_files",

@@ -12,7 +12,7 @@ from kvtune.errors import UsageError
 from kvtune.workload.chat import generate_chat
 from kvtune.workload.request import Message, Workload, WorkloadRequest
 
-__all__ = ["BUILTIN_CASES", "builtin_cases", "malformed_files"]
+__all__ = ["BUILTIN_CASES", "builtin_cases", "demo_chat", "malformed_files"]
 
 BUILTIN_CASES: Final = ("easy", "average", "long_context", "malformed")
 
@@ -37,15 +37,31 @@ def builtin_cases(
         raise UsageError(f"unknown case {unknown or 'list'}; choose from {', '.join(BUILTIN_CASES)}")
     requests = _chat_cases(seed, [c for c in cases if c != "malformed"], requests_per_case, max_chars)
     if "malformed" in cases:
-        rng = random.Random(seed)  # noqa: S311  # reproducible workload, no secrets
-        end_s = max((request.arrival_s for request in requests), default=1.0)
-        requests += [
-            dataclasses.replace(request, arrival_s=rng.uniform(0, end_s))
-            for request in _malformed(too_long_tokens)
-        ]
+        requests += _scattered(_malformed(too_long_tokens), requests, seed)
     requests.sort(key=lambda request: request.arrival_s)
     note = f"built-in cases: {', '.join(c for c in BUILTIN_CASES if c in cases)}, seed {seed}"
     return Workload(requests=tuple(requests), format="builtin", notes=(note,))
+
+
+def demo_chat(num_requests: int, *, seed: int = 0, max_chars: int = 9000) -> Workload:
+    """`num_requests` of `generate_chat`, which are easy, average and long, and the malformed case.
+
+    The malformed requests come on top; an engine turns most of them away, each with a reason.
+    """
+    chat = generate_chat(num_requests=num_requests, seed=seed, max_chars=max_chars)
+    malformed = _scattered(_malformed(max_chars), chat.requests, seed)
+    requests = sorted([*chat.requests, *malformed], key=lambda request: request.arrival_s)
+    note = f"{len(malformed)} malformed requests among them"
+    return dataclasses.replace(chat, requests=tuple(requests), notes=(*chat.notes, note))
+
+
+def _scattered(
+    extra: Collection[WorkloadRequest], requests: Collection[WorkloadRequest], seed: int
+) -> list[WorkloadRequest]:
+    """`extra` with arrivals drawn over the time that `requests` span."""
+    rng = random.Random(seed)  # noqa: S311  # reproducible workload, no secrets
+    end_s = max((request.arrival_s for request in requests), default=1.0)
+    return [dataclasses.replace(request, arrival_s=rng.uniform(0, end_s)) for request in extra]
 
 
 def _chat_cases(seed: int, cases: Collection[str], wanted: int, max_chars: int) -> list[WorkloadRequest]:
