@@ -48,7 +48,7 @@ def test_lengths_of_text_are_in_characters_and_say_so():
     assert report["input_tokens"]["unit"] == report["output_tokens"]["unit"] == "characters"
     assert report["input_tokens"]["p50"] == len("system\n") + 200 + 1 + len("user\ny\n")
     assert report["output_tokens"]["p99"] == 3
-    assert report["prefix"]["unit"] == "characters"
+    assert (report["prefix"]["unit"], report["prefix"]["is_estimated"]) == ("tokens", True)
     assert report["prefix"]["ideal_block_hit_rate"] == 0.5
     assert report["arrival_cv"] is None
 
@@ -59,9 +59,15 @@ def test_lengths_alone_have_no_reuse_to_speak_of():
         for i, (t, n) in enumerate([(0, 10), (1, 20), (4, 30)])
     )
     report = workload_statistics(Workload(requests=requests, format="x", is_synthetic_text=True))
+    histogram = report["input_tokens"].pop("histogram")
     assert report["input_tokens"] == {
-        "unit": "tokens", "n": 3, "mean": 20, "p50": 20, "p90": 28, "p99": pytest.approx(29.8), "max": 30,
+        "unit": "tokens", "n": 3, "mean": 20, "p50": 20, "p90": 28, "p99": pytest.approx(29.8), "min": 10,
+        "max": 30,
     }  # fmt: skip
+    places = [sum(edge <= n for edge in histogram["edges"]) - 1 for n in (10, 20, 30)]
+    assert [histogram["counts"][place] for place in places] == [1, 1, 1]
+    assert sum(histogram["counts"]) == 3
+    assert len(histogram["edges"]) == len(histogram["counts"]) + 1
     assert report["arrival_cv"] == pytest.approx(0.5)  # gaps 1 and 3
     assert report["prefix"]["ideal_block_hit_rate"] is None
     json.dumps(report, allow_nan=False)

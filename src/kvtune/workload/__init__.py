@@ -18,6 +18,7 @@ from kvtune.workload.request import (
     WorkloadRequest,
 )
 from kvtune.workload.split import split_by_session
+from kvtune.workload.stationarity import Drift, Stationarity, drift_of, first_requests, stationarity
 from kvtune.workload.statistics import workload_statistics
 
 __all__ = [
@@ -25,21 +26,26 @@ __all__ = [
     "DEFAULT_MAX_TOKENS",
     "FORMATS",
     "BlockTrace",
+    "Drift",
     "Materialised",
     "Message",
     "Rejection",
+    "Stationarity",
     "TokenRequest",
     "Workload",
     "WorkloadRequest",
     "block_trace",
     "builtin_cases",
     "demo_chat",
+    "drift_of",
+    "first_requests",
     "generate_chat",
     "load_workload",
     "malformed_files",
     "materialise",
     "session_labels",
     "split_by_session",
+    "stationarity",
     "workload_statistics",
     "write_workload",
 ]

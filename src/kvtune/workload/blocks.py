@@ -98,7 +98,7 @@ def block_trace(
     """
     if block_size is not None and block_size < 1:
         raise UsageError(f"the block size must be at least 1 token, found {block_size}")
-    if not any(_has_content(request) for request in workload.requests):
+    if not any(has_content(request) for request in workload.requests):
         raise UsageError(
             f"{workload.path or 'this workload'} holds lengths only, so nothing tells which prompts share a "
             "prefix; replay needs text, token ids or block hashes"
@@ -120,7 +120,8 @@ def block_trace(
     return _assemble(workload, segments, size, is_lower_bound=is_lower_bound, notes=notes)
 
 
-def _has_content(request: WorkloadRequest) -> bool:
+def has_content(request: WorkloadRequest) -> bool:
+    """Whether more than its length is known of a prompt."""
     return request.token_ids is not None or request.has_text or request.hash_ids is not None
 
 
