@@ -23,6 +23,7 @@ from kvtune.errors import HostError, KVTuneError
 VERBS = {
     "plan": "size a model's KV cache exactly: bytes per token, capacity",
     "trace": "read a request file or trace: lengths, arrivals, prefix reuse",
+    "simulate": "replay a trace: what a prefix cache would hit, what a server would achieve",
     "tune": "find the smallest KV cache that passes the quality gate",
     "emit": "print the command or snippet that runs a recipe",
     "check": "judge a recipe on requests: exit 0 only on PASS",

@@ -1,0 +1,305 @@
+"""`kvtune simulate --mode cache`: what a prefix cache of a given size and policy would hit on a trace."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from kvtune.cache.replay import Replayer, ReplayResult
+    from kvtune.cache.replay_study import CapacityRow, Hits
+    from kvtune.workload import BlockTrace
+
+SCHEMA_VERSION = 1
+_MOST_TENANTS = 20
+
+
+def cache(
+    trace: Annotated[
+        Path | None, typer.Argument(help="Request file or trace: JSON, JSONL or CSV, plain or gzip.")
+    ] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(help="Eviction policies, comma-separated, or all; default the shipped one."),
+    ] = None,
+    capacity: Annotated[
+        str | None,
+        typer.Option(
+            "--capacity-blocks",
+            "--capacity",
+            help="Cache sizes, comma-separated: blocks, inf, 10% of the distinct blocks, 32GiB of KV.",
+        ),
+    ] = None,
+    block_size: Annotated[
+        int | None, typer.Option(help="Tokens per block; default the trace's own, 16 for text.")
+    ] = None,
+    full_blocks_only: Annotated[
+        bool,
+        typer.Option("--full-blocks-only", help="Serve by the engine's rules: only full blocks are cached."),
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Model whose KV the blocks hold: gives sizes in bytes; see kvtune plan."),
+    ] = None,
+    kv_dtype: Annotated[
+        str | None, typer.Option(help="KV precision of --model: auto, bf16, fp8, int8, ...; see kvtune plan.")
+    ] = None,
+    bytes_per_token: Annotated[
+        int | None, typer.Option(help="KV bytes per token, where there is no --model.")
+    ] = None,
+    more: Annotated[
+        str | None, typer.Option(help="What would this much more memory (or this many blocks) buy?")
+    ] = None,
+    tenants: Annotated[
+        bool, typer.Option("--tenants", help="Show every tenant, not the largest twenty.")
+    ] = False,
+    format_: Annotated[
+        str, typer.Option("--format", help="auto, or the format's name; an unknown name lists them.")
+    ] = "auto",
+    trace_block_size: Annotated[
+        int | None,
+        typer.Option(help="Prompt tokens per hash id, for traces whose rows do not determine it."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Replay a trace against prefix caches of given sizes and eviction policies."""
+    from kvtune.cache.replay import Replayer
+    from kvtune.cache.replay_study import study
+    from kvtune.cli.progress import TimeLeft
+    from kvtune.cli.simulate_cache_text import as_text
+    from kvtune.errors import UsageError
+    from kvtune.workload import block_trace, load_workload
+
+    if trace is None:
+        raise UsageError("simulate needs a request file or trace; see `kvtune simulate --help`")
+    policies = _policies(policy)
+    workload = load_workload(trace, format=format_, trace_block_size=trace_block_size)
+    blocks = block_trace(workload, block_size)
+    block_bytes = _block_bytes(blocks.block_size, model, kv_dtype, bytes_per_token)
+    capacities = _capacities(capacity, blocks.num_unique, block_bytes)
+    extra, extra_text = _more_blocks(more, block_bytes)
+    replayer = Replayer(blocks, full_blocks_only=full_blocks_only)
+    with TimeLeft() as progress:
+        rows = study(replayer, policies, capacities, more_blocks=extra, progress=progress)
+    record = _record(blocks, replayer, rows, block_bytes)
+    record = {"schema_version": SCHEMA_VERSION, "path": str(trace), "format": workload.format, **record}
+    record["more_memory"] = None if extra is None else {"asked": extra_text, "blocks": extra}
+    record["notes"] = [*workload.notes, *blocks.notes, *_notes(replayer, rows)]
+    most_tenants = len(blocks.tenants) if tenants else _MOST_TENANTS
+    print(json.dumps(record) if as_json else as_text(record, most_tenants=most_tenants))
+
+
+# -- what was asked --
+
+
+def _policies(text: str | None) -> tuple[str, ...]:
+    from kvtune.cache.replay import DEFAULT_POLICY, policy_names
+    from kvtune.errors import UsageError
+
+    if text is None:
+        return (DEFAULT_POLICY,)
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if names == ("all",):
+        return policy_names()
+    unknown = [name for name in names if name not in policy_names()]
+    if unknown or not names:
+        found = unknown[0] if unknown else text
+        raise UsageError(f"unknown eviction policy {found!r}; known: {', '.join(policy_names())}, all")
+    return names
+
+
+def _block_bytes(
+    block_size: int, model: str | None, kv_dtype: str | None, bytes_per_token: int | None
+) -> int | None:
+    """Bytes of KV one block of the trace stands for, None where neither model nor figure is given."""
+    from kvtune.errors import UsageError
+
+    if bytes_per_token is not None:
+        if model is not None:
+            raise UsageError("--model and --bytes-per-token say the same thing twice; give one of them")
+        if bytes_per_token < 1:
+            raise UsageError(f"--bytes-per-token must be at least 1, found {bytes_per_token}")
+        return bytes_per_token * block_size
+    if model is None:
+        if kv_dtype is not None:
+            raise UsageError("--kv-dtype needs --model, whose KV cache it sizes")
+        return None
+    from kvtune.plan import PlanRequest, find_model, size_model
+
+    engine_block = 16 if block_size % 16 == 0 else block_size
+    sizing = size_model(find_model(model), PlanRequest(kv_dtype=kv_dtype or "auto", block_size=engine_block))
+    size = sizing.model.prefix_bytes(block_size)
+    if not size:
+        raise UsageError(f"{model} keeps no KV per token, so memory is not counted in blocks of it")
+    return size
+
+
+def _capacities(text: str | None, num_unique: int, block_bytes: int | None) -> tuple[int | None, ...]:
+    from kvtune.cache.replay_study import default_capacities
+    from kvtune.errors import UsageError
+
+    if text is None:
+        return default_capacities(num_unique)
+    asked = [part.strip() for part in text.split(",") if part.strip()]
+    if not asked:
+        raise UsageError(f"--capacity needs at least one size, found {text!r}")
+    return tuple(dict.fromkeys(_capacity(part, num_unique, block_bytes) for part in asked))
+
+
+def _capacity(text: str, num_unique: int, block_bytes: int | None) -> int | None:
+    from kvtune.errors import UsageError
+
+    if text.lower() in {"inf", "infinite", "unbounded"}:
+        return None
+    share = re.fullmatch(r"(\d+(?:\.\d+)?)%", text)
+    if share is not None:
+        return max(1, round(float(share[1]) / 100 * num_unique))
+    blocks = (
+        int(text.replace("_", "")) if re.fullmatch(r"[0-9][0-9_]*", text) else _in_blocks(text, block_bytes)
+    )
+    if not 1 <= blocks < 1 << 62:
+        raise UsageError(f"a capacity is at least 1 block and no astronomical number, found {text!r}")
+    return blocks
+
+
+def _in_blocks(text: str, block_bytes: int | None) -> int:
+    from kvtune.config import parse_bytes
+    from kvtune.errors import UsageError
+
+    try:
+        size = parse_bytes(text)
+    except UsageError:
+        raise UsageError(
+            f"a capacity is a number of blocks, inf, a share (10%) or a size (32GiB), found {text!r}"
+        ) from None
+    if block_bytes is None:
+        raise UsageError(f"{text} of KV memory is so many blocks only with --model or --bytes-per-token")
+    return size // block_bytes
+
+
+def _more_blocks(text: str | None, block_bytes: int | None) -> tuple[int | None, str]:
+    """Blocks to add and how to say it; 32 GiB where sizes are known and nothing was asked."""
+    if text is None:
+        return (None, "") if block_bytes is None else (_in_blocks("32GiB", block_bytes), "32GiB")
+    if re.fullmatch(r"[0-9][0-9_]*", text):
+        return int(text.replace("_", "")), f"{text} blocks"
+    return _in_blocks(text, block_bytes), text
+
+
+# -- what is answered --
+
+
+def _record(
+    trace: BlockTrace, replayer: Replayer, rows: tuple[CapacityRow, ...], block_bytes: int | None
+) -> dict[str, Any]:
+    """The first capacity's first policy on top, as a single replay; everything else below it."""
+    first = rows[0].results[0]
+    return {
+        "num_requests": first.num_requests,
+        "policy": first.policy,
+        "capacity_blocks": _blocks(first.capacity_blocks),
+        **_figures(first),
+        "elapsed_s": first.elapsed_s,
+        "block_size": trace.block_size,
+        "block_bytes": block_bytes,
+        "unique_blocks": trace.num_unique,
+        "full_blocks_only": replayer.full_blocks_only,
+        "is_lower_bound": trace.is_lower_bound,
+        "core": replayer.core,
+        "capacities": [_row(row, block_bytes) for row in rows],
+        "tenants": _tenants(replayer, first),
+    }
+
+
+def _blocks(capacity: int | None) -> int | str:
+    """JSON has no infinity; `bench` writes the word, too."""
+    return "inf" if capacity is None else capacity
+
+
+def _figures(result: ReplayResult) -> dict[str, Any]:
+    return {
+        "blocks_total": result.blocks_total,
+        "blocks_hit": result.blocks_hit,
+        "block_hit_rate": result.block_hit_rate,
+        "tokens_total": result.tokens_total,
+        "tokens_hit": result.tokens_hit,
+        "token_hit_rate": result.token_hit_rate,
+        "evicted_blocks": result.num_evicted,
+        "rejected_requests": result.num_rejected,
+        "second_half_block_hit_rate": result.second_half_block_hit_rate,
+    }
+
+
+def _row(row: CapacityRow, block_bytes: int | None) -> dict[str, Any]:
+    capacity = row.capacity_blocks
+    size = None if capacity is None or block_bytes is None else capacity * block_bytes
+    policies = {
+        result.policy: {
+            **_figures(result),
+            "gap_closed": row.gap_closed(result),
+            "elapsed_s": result.elapsed_s,
+        }
+        for result in row.results
+    }
+    return {
+        "capacity_blocks": _blocks(capacity),
+        "capacity_bytes": size,
+        "policies": policies,
+        "lru": _what(row.lru),
+        "oracle": {"policy": "optimal_pinned", **_what(row.oracle)},
+        "lru_blocks_for_oracle": row.lru_blocks_for_oracle,
+        "what_if": {
+            "half_bytes_per_block": _gain(row, row.half_bytes),
+            "more_memory": None if row.more is None else _gain(row, row.more),
+        },
+    }
+
+
+def _what(hits: Hits) -> dict[str, Any]:
+    return {
+        "capacity_blocks": _blocks(hits.capacity_blocks),
+        "blocks_hit": hits.blocks_hit,
+        "block_hit_rate": hits.block_hit_rate,
+        "token_hit_rate": hits.token_hit_rate,
+    }
+
+
+def _gain(row: CapacityRow, hits: Hits) -> dict[str, Any]:
+    """LRU with other blocks: its hits, what they are above LRU's here, and beside the oracle gap here."""
+    return {
+        "policy": "lru",
+        **_what(hits),
+        "block_hit_rate_gain": hits.block_hit_rate - row.lru.block_hit_rate,
+        "gap_closed": row.gap_closed(hits),
+    }
+
+
+def _tenants(replayer: Replayer, result: ReplayResult) -> list[dict[str, Any]]:
+    return [
+        {
+            "tenant": row.tenant,
+            "num_requests": row.num_requests,
+            "blocks_total": row.blocks_total,
+            "blocks_hit": row.blocks_hit,
+            "block_hit_rate": row.blocks_hit / row.blocks_total if row.blocks_total else 0.0,
+            "token_hit_rate": row.tokens_hit / row.tokens_total if row.tokens_total else 0.0,
+        }
+        for row in replayer.tenants(result)
+    ]
+
+
+def _notes(replayer: Replayer, rows: tuple[CapacityRow, ...]) -> list[str]:
+    notes: list[str] = []
+    if replayer.core == "python":
+        notes.append("pure-Python replay: the native core was not built (no C++ compiler at installation)")
+    for row in rows:
+        if row.results[0].num_rejected:
+            notes.append(
+                f"{row.results[0].num_rejected:,} requests need more than {row.capacity_blocks:,} blocks and "
+                "are refused, as an engine would"
+            )
+    return notes
