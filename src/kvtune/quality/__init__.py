@@ -7,6 +7,7 @@ and an A/A floor; see `verdict` for the order of decisions and `margins` for the
 from kvtune.quality.bootstrap import Estimate, bootstrap_mean, bootstrap_ratio
 from kvtune.quality.divergence import divergence, is_bit_equal, kl_divergence
 from kvtune.quality.margins import MARGINS, Margin, margin_named
+from kvtune.quality.proportion import wilson_interval
 from kvtune.quality.replay import Reference, ReplaySettings, record_reference, replay, replay_decode
 from kvtune.quality.speed import HIGHER_IS_BETTER, Slo, SpeedRatios, compare_speed, summarise
 from kvtune.quality.tasks import TASKS, Material, Sample, draw, is_correct
@@ -40,4 +41,5 @@ __all__ = [
     "replay",
     "replay_decode",
     "summarise",
+    "wilson_interval",
 ]
