@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import random
 import time
 from collections import Counter
@@ -28,12 +27,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kvtune.quality import tasks
+from kvtune.quality import tasks, wilson_interval
 from kvtune.testing.reference.corpus import Corpus, DocumentedName, load_corpus
+from kvtune.testing.reference.dialogue import BOS, END, PAD, SPECIALS, DialogueEncoder, material
 
-SPECIALS = ("<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
-PAD, BOS, END, SYSTEM, USER, ASSISTANT = range(6)
-ROLES = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 VOCAB_SIZE = 2048
 CHAT_TEMPLATE = (
     "{{ '<|bos|>' }}{% for message in messages %}"
@@ -107,19 +104,17 @@ class Data:
     """Draws rows of token ids with loss weights for every kind of row of a stage."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, corpus: Corpus, seed: int) -> None:
-        self.encode_text = tokenizer.backend_tokenizer.encode
+        self.encoder = DialogueEncoder(tokenizer)
         self.rng = random.Random(seed)
         self.corpus = corpus
-        self.material = tasks.Material(
-            single_token_words(tokenizer), corpus.prose, lambda text: len(self.encode_text(text).ids)
-        )
+        self.material = material(tokenizer, corpus.prose)
         self.streams = {"prose": self._stream(corpus.prose), "source": self._stream(corpus.sources)}
 
     def _stream(self, texts: tuple[str, ...]) -> np.ndarray:
         order = sorted(range(len(texts)), key=lambda i: hash_order(texts[i]))
         ids: list[int] = []
         for index in order:
-            ids += [BOS, *self.encode_text(texts[index]).ids, END]
+            ids += [BOS, *self.encoder.text(texts[index]), END]
         return np.asarray(ids, dtype=np.int64)
 
     def batch(self, stage: Stage) -> tuple[torch.Tensor, torch.Tensor]:
@@ -173,11 +168,10 @@ class Data:
     def encode(self, sample: tasks.Sample) -> tuple[list[int], list[float]]:
         """Token ids and loss weights of a dialogue; equals the chat template's rendering."""
         ids, weights = [BOS], [0.0]
-        for role, content in sample.turns:
-            body = [*self.encode_text(content).ids, END]
+        for (role, _), turn in zip(sample.turns, self.encoder.turns(sample.turns), strict=True):
             weight = ANSWER_WEIGHT if role == "assistant" else CONTEXT_WEIGHT
-            ids += [ROLES[role], *body]
-            weights += [CONTEXT_WEIGHT, *[weight] * len(body)]
+            ids += turn
+            weights += [CONTEXT_WEIGHT, *[weight] * (len(turn) - 1)]
         return ids, weights
 
 
@@ -203,23 +197,6 @@ def documents(rng: random.Random, names: Sequence[DocumentedName], *, max_chars:
 def hash_order(text: str) -> bytes:
     """A shuffle that is the same on every machine."""
     return hashlib.sha256(text.encode(errors="replace")).digest()
-
-
-def single_token_words(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """English-looking words that are one token after a space, in order of token id."""
-    words: list[str] = []
-    for token, index in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
-        word = token[1:]
-        if (
-            index >= len(SPECIALS)
-            and token[0] == "Ġ"
-            and len(word) >= 4
-            and word.isascii()
-            and word.isalpha()
-            and word.islower()
-        ):
-            words.append(word)
-    return words
 
 
 # ---------------------------------------------------------------- model and training
@@ -480,34 +457,15 @@ class HeldOut:
                 name, rng, self.data.material, num_tokens=length, difficulty=difficulty,
                 num_questions=questions,
             )  # fmt: skip
-            ids, _ = self.data.encode(sample)
-            spans = [answer_spans(ids)[index] for index in scored_answers(sample)]
-            ids = ids[:4096]
+            dialogue = self.data.encoder.dialogue(sample)
+            ids = list(dialogue.token_ids[:4096])
             rows = torch.tensor([ids], device=model.device)
             hidden = model.model(input_ids=rows, use_cache=False).last_hidden_state[0]
-            for start, end in spans:
+            for start, end in dialogue.answers:
                 predicted = model.lm_head(hidden[start - 1 : end - 1]).argmax(-1).tolist()
                 right += predicted == ids[start:end]
                 asked += 1
         return right / asked, asked
-
-
-def answer_spans(ids: list[int]) -> list[tuple[int, int]]:
-    """Positions [start, end) of what each assistant turn says, its end mark included."""
-    return [(index + 1, ids.index(END, index) + 1) for index, token in enumerate(ids) if token == ASSISTANT]
-
-
-def scored_answers(sample: tasks.Sample) -> list[int]:
-    """The scored turns counted among the assistant's turns."""
-    spoken = [index for index, (role, _) in enumerate(sample.turns) if role == "assistant"]
-    return [spoken.index(index) for index in sample.scored]
-
-
-def wilson(rate: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a proportion (Wilson 1927)."""
-    centre = (rate + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(rate * (1 - rate) / count + z * z / (4 * count * count))
-    return centre - half, centre + half
 
 
 def ngram_losses(train_ids: np.ndarray, test_ids: np.ndarray) -> dict[str, float]:
@@ -561,7 +519,7 @@ def measure(args: argparse.Namespace) -> None:
     for name, length in items:
         for difficulty in ("easy", "hard"):
             rate, count = held_out.accuracy(model, name, length, args.samples, 1, difficulty, seed=99)
-            low, high = wilson(rate, count)
+            low, high = wilson_interval(round(rate * count), count)
             report[f"{name} {length} {difficulty}"] = {
                 "rate": rate, "n": count, "low": round(low, 4), "high": round(high, 4)
             }  # fmt: skip
