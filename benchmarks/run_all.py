@@ -24,7 +24,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=HERE / "results")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    commands = {"bench_decode": ["--json", str(args.out / "bench_decode.json")]}
+    commands = {name: ["--json", str(args.out / f"{name}.json")] for name in ("bench_decode", "bench_damage")}
     if args.traces:
         trace = Path(args.traces) / "azure2023_conv.csv.gz"
         commands["bench_capacity"] = ["--trace", str(trace), "--json", str(args.out / "bench_capacity.json")]
