@@ -144,7 +144,7 @@ class _Trace:
         return int(self.tokens.max())
 
     def share_of(self, budget_share: float) -> int | None:
-        return None if self.budget is None else int(self.budget * budget_share)
+        return None if self.budget is None else round(self.budget * budget_share)
 
 
 def what_if(
