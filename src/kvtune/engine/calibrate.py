@@ -175,6 +175,7 @@ def _facts(engine: Engine) -> dict[str, Any]:
         "v_codec": cache.v_codec,
         "layer_codecs": cache.to_dict()["layer_codecs"],
         "block_size": cache.block_size,
+        "kv_budget": cache.kv_budget_bytes,
         "max_num_seqs": engine.scheduler_config.max_num_seqs,
         "max_num_batched_tokens": engine.scheduler_config.max_num_batched_tokens,
         "max_model_len": engine.max_model_len,
