@@ -116,7 +116,67 @@ class Intervals:
     reference_label: str
 
 
-Block = Paragraph | Facts | Table | Bullets | Code | Scatter | Intervals
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One line of a figure: (x, y) in order of x, None where nothing was seen. `look` 0 to 5 picks colour
+    and dashes; `has_dots` marks single measurements."""
+
+    name: str
+    points: tuple[tuple[float, float | None], ...]
+    look: int = 0
+    has_dots: bool = False
+    is_area: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A named place in a figure."""
+
+    x: float
+    y: float
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """Series over one x axis. `summary` says in a sentence what a reader should see, for those who cannot."""
+
+    title: str
+    x_label: str
+    y_label: str
+    series: tuple[Series, ...]
+    summary: str
+    x_unit: str = ""
+    y_unit: str = ""
+    is_log_x: bool = False
+    is_flat: bool = False
+    """A low figure, for several under one another."""
+    marks: tuple[Mark, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """`label` stands under the bar, where there is room; `detail` is its tooltip."""
+
+    label: str
+    value: float
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Bars:
+    """Upright bars side by side, as of a histogram."""
+
+    title: str
+    x_label: str
+    y_label: str
+    bars: tuple[Bar, ...]
+    summary: str
+    y_unit: str = ""
+
+
+Figures = Scatter | Intervals | Lines | Bars
+Block = Paragraph | Facts | Table | Bullets | Code | Scatter | Intervals | Lines | Bars
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,7 +96,7 @@ def scatter_svg(chart: Scatter) -> str:
         _marker(point, x_axis.place(point.x), y_axis.place(point.y)) for point in _drawing_order(chart.points)
     ]
     parts += _labels(chart.points, x_axis, y_axis)
-    return _svg(chart.title, HEIGHT, parts) + _legend(chart.points)
+    return svg_figure(chart.title, HEIGHT, parts) + _legend(chart.points)
 
 
 def _drawing_order(points: Sequence[Point]) -> list[Point]:
@@ -104,18 +104,21 @@ def _drawing_order(points: Sequence[Point]) -> list[Point]:
     return sorted(points, key=lambda point: order.index(point.kind))
 
 
-def _svg(title: str, height: float, parts: Sequence[str]) -> str:
+def svg_figure(title: str, height: float, parts: Sequence[str], summary: str = "") -> str:
+    """The drawing with its accessible name, and `summary` as its description."""
+    description = f"<desc>{escape(summary)}</desc>" if summary else ""
+    label = f"{title}. {summary}" if summary else title
     return (
-        f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(title)}">'
-        f"<title>{escape(title)}</title>{''.join(parts)}</svg>"
+        f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(label)}">'
+        f"<title>{escape(title)}</title>{description}{''.join(parts)}</svg>"
     )
 
 
-def _text(x: float, y: float, text: str, kind: str = "tick", anchor: str = "middle") -> str:
+def svg_text(x: float, y: float, text: str, kind: str = "tick", anchor: str = "middle") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
+def svg_line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
     return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{kind}"/>'
 
 
@@ -123,14 +126,14 @@ def _frame(chart: Scatter, x_axis: Axis, y_axis: Axis) -> str:
     parts: list[str] = []
     for tick in y_axis.ticks():
         y = y_axis.place(tick)
-        parts.append(_line(_LEFT, y, WIDTH - _RIGHT, y, "grid"))
-        parts.append(_text(_LEFT - 8, y + 4, show_number(tick, chart.y_unit), anchor="end"))
+        parts.append(svg_line(_LEFT, y, WIDTH - _RIGHT, y, "grid"))
+        parts.append(svg_text(_LEFT - 8, y + 4, show_number(tick, chart.y_unit), anchor="end"))
     for tick in x_axis.ticks():
         x = x_axis.place(tick)
-        parts.append(_line(x, HEIGHT - _BOTTOM, x, HEIGHT - _BOTTOM + 5, "axis"))
-        parts.append(_text(x, HEIGHT - _BOTTOM + 19, show_number(tick, chart.x_unit)))
-    parts.append(_line(_LEFT, HEIGHT - _BOTTOM, WIDTH - _RIGHT, HEIGHT - _BOTTOM, "axis"))
-    parts.append(_text((_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 12, chart.x_label, "label"))
+        parts.append(svg_line(x, HEIGHT - _BOTTOM, x, HEIGHT - _BOTTOM + 5, "axis"))
+        parts.append(svg_text(x, HEIGHT - _BOTTOM + 19, show_number(tick, chart.x_unit)))
+    parts.append(svg_line(_LEFT, HEIGHT - _BOTTOM, WIDTH - _RIGHT, HEIGHT - _BOTTOM, "axis"))
+    parts.append(svg_text((_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 12, chart.x_label, "label"))
     middle = (HEIGHT - _BOTTOM + _TOP) / 2
     parts.append(
         f'<text transform="translate(15 {middle:.0f}) rotate(-90)" class="label" text-anchor="middle">'
@@ -141,7 +144,7 @@ def _frame(chart: Scatter, x_axis: Axis, y_axis: Axis) -> str:
 
 def _limit_line(chart: Scatter, y_axis: Axis) -> str:
     y = y_axis.place(chart.limit or 0.0)
-    return _line(_LEFT, y, WIDTH - _RIGHT, y, "limit") + _text(
+    return svg_line(_LEFT, y, WIDTH - _RIGHT, y, "limit") + svg_text(
         WIDTH - _RIGHT - 4, y - 6, chart.limit_label, "limit-text", "end"
     )
 
@@ -210,7 +213,7 @@ def _labels(points: Sequence[Point], x_axis: Axis, y_axis: Axis) -> list[str]:
             continue
         named.add(point.label)
         taken.append(box)
-        parts.append(_text(box[0], box[3] - 3, point.label, "point", "start"))
+        parts.append(svg_text(box[0], box[3] - 3, point.label, "point", "start"))
     return parts
 
 
@@ -253,22 +256,25 @@ def intervals_svg(chart: Intervals) -> str:
     edges = [edge for row in chart.rows for edge in (row.low, row.high)] + [chart.reference]
     axis = linear_axis(edges, left, WIDTH - 28, from_zero=False)
     bottom = height - 46
-    parts = [_line(axis.place(t), top - 6, axis.place(t), bottom, "grid") for t in axis.ticks()]
-    parts += [_text(axis.place(tick), bottom + 17, show_number(tick)) for tick in axis.ticks()]
+    parts = [svg_line(axis.place(t), top - 6, axis.place(t), bottom, "grid") for t in axis.ticks()]
+    parts += [svg_text(axis.place(tick), bottom + 17, show_number(tick)) for tick in axis.ticks()]
     x = axis.place(chart.reference)
-    parts += [_line(x, top - 8, x, bottom, "limit"), _text(x, top - 14, chart.reference_label, "limit-text")]
+    parts += [
+        svg_line(x, top - 8, x, bottom, "limit"),
+        svg_text(x, top - 14, chart.reference_label, "limit-text"),
+    ]
     for index, row in enumerate(chart.rows):
         parts.append(_interval_row(row, axis, top + row_height * (index + 0.5), left))
-    parts.append(_text((left + WIDTH - 28) / 2, height - 8, chart.x_label, "label"))
-    return _svg(chart.title, height, parts)
+    parts.append(svg_text((left + WIDTH - 28) / 2, height - 8, chart.x_label, "label"))
+    return svg_figure(chart.title, height, parts)
 
 
 def _interval_row(row: Interval, axis: Axis, y: float, left: float) -> str:
     low, value, high = axis.place(row.low), axis.place(row.value), axis.place(row.high)
     tone = row.tone or "plain"
     return (
-        f"<g><title>{escape(row.note)}</title>{_text(left - 12, y + 4, row.label, 'row', 'end')}"
-        f"{_line(low, y, high, y, f'bar t-{tone}')}{_line(low, y - 5, low, y + 5, f'cap t-{tone}')}"
-        f"{_line(high, y - 5, high, y + 5, f'cap t-{tone}')}"
+        f"<g><title>{escape(row.note)}</title>{svg_text(left - 12, y + 4, row.label, 'row', 'end')}"
+        f"{svg_line(low, y, high, y, f'bar t-{tone}')}{svg_line(low, y - 5, low, y + 5, f'cap t-{tone}')}"
+        f"{svg_line(high, y - 5, high, y + 5, f'cap t-{tone}')}"
         f'<circle cx="{value:.1f}" cy="{y:.1f}" r="5" class="dot t-{tone}"/></g>'
     )

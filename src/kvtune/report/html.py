@@ -13,18 +13,22 @@ from html import escape
 from typing import Any
 
 from kvtune.report.blocks import (
+    Bars,
     Block,
     Bullets,
     Cell,
     Code,
     Facts,
+    Figures,
     Intervals,
+    Lines,
     Paragraph,
     Scatter,
     Section,
     Table,
 )
 from kvtune.report.charts import intervals_svg, scatter_svg
+from kvtune.report.curves import bars_svg, lines_svg
 from kvtune.report.sections import report_title, sections
 from kvtune.report.style import STYLE
 
@@ -34,14 +38,16 @@ MAX_BYTES = 2_000_000
 
 def render(result: Mapping[str, Any]) -> str:
     """The whole page as text, under `MAX_BYTES` for any result that `tune` writes."""
-    parts = list(sections(result))
-    page = _page(report_title(result), parts)
-    if len(page.encode()) > MAX_BYTES:
-        page = _page(report_title(result), parts[:-1])  # without the raw record, which lies beside the report
-    return page
+    return render_page(report_title(result), list(sections(result)))
 
 
-def _page(title: str, parts: Sequence[Section]) -> str:
+def render_page(title: str, parts: Sequence[Section], *, brand: str = "kvtune report") -> str:
+    """A page of these sections; over `MAX_BYTES` without the last one, which holds the raw record."""
+    page = _page(title, parts, brand)
+    return page if len(page.encode()) <= MAX_BYTES else _page(title, parts[:-1], brand)
+
+
+def _page(title: str, parts: Sequence[Section], brand: str) -> str:
     digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     contents = "".join(f'<li><a href="#{s.anchor}">{escape(s.title)}</a></li>' for s in parts)
@@ -52,7 +58,7 @@ def _page(title: str, parts: Sequence[Section]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark"><meta name="referrer" content="no-referrer">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n"
-        f'<body><header><p class="brand">kvtune report</p><h1>{escape(title)}</h1>'
+        f'<body><header><p class="brand">{escape(brand)}</p><h1>{escape(title)}</h1>'
         f'<nav aria-label="Contents"><ul>{contents}</ul></nav></header>\n<main>{body}</main></body></html>\n'
     )
 
@@ -61,7 +67,7 @@ def _section(section: Section) -> str:
     parts: list[str] = []
     figures: list[str] = []
     for block in section.blocks:
-        if isinstance(block, Scatter | Intervals):
+        if isinstance(block, Figures):
             figures.append(_figure(block))
             continue
         parts += _flush(figures)
@@ -77,13 +83,25 @@ def _flush(figures: list[str]) -> list[str]:
     return [f'<div class="figures">{drawn}</div>'] if drawn else []
 
 
-def _figure(block: Scatter | Intervals) -> str:
-    drawing = scatter_svg(block) if isinstance(block, Scatter) else intervals_svg(block)
+def _figure(block: Figures) -> str:
+    drawing = _drawing(block)
     if not drawing:
         return ""
     return (
         f'<figure><figcaption>{escape(block.title)}</figcaption><div class="drawing">{drawing}</div></figure>'
     )
+
+
+def _drawing(block: Figures) -> str:
+    match block:
+        case Scatter():
+            return scatter_svg(block)
+        case Intervals():
+            return intervals_svg(block)
+        case Lines():
+            return lines_svg(block)
+        case Bars():
+            return bars_svg(block)
 
 
 def _block(block: Block) -> str:
@@ -98,7 +116,7 @@ def _block(block: Block) -> str:
             return f"<ul>{''.join(f'<li>{escape(item)}</li>' for item in block.items)}</ul>"
         case Code():
             return _code(block)
-        case Scatter() | Intervals():
+        case Scatter() | Intervals() | Lines() | Bars():
             return _figure(block)
 
 

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvtune.report.blocks import (
+    Bars,
     Block,
     Bullets,
     Code,
     Facts,
     Intervals,
+    Lines,
     Paragraph,
     Scatter,
     Section,
@@ -46,7 +48,7 @@ def _block(block: Block) -> str:
             return "\n".join(f"- {_plain(item)}" for item in block.items)
         case Code():
             return _fenced(block.text)
-        case Scatter() | Intervals():
+        case Scatter() | Intervals() | Lines() | Bars():
             return ""
 
 

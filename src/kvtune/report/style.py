@@ -66,6 +66,17 @@ svg .point,svg .row{font-size:12px}svg .limit-text{fill:var(--bad)}
 .m-passed{fill:var(--passed);stroke:var(--bg);stroke-width:1}
 .m-failed{fill:none;stroke:var(--failed);stroke-width:2.6}
 .m-other{fill:none;stroke:var(--other);stroke-width:2}
+.series{fill:none;stroke-width:2.2;stroke-linejoin:round}
+.series-0{stroke:var(--mark)}.series-1{stroke:var(--failed);stroke-dasharray:7 4}
+.series-2{stroke:var(--passed);stroke-dasharray:2 3}
+.series-3{stroke:var(--winner-edge);stroke-dasharray:10 3 2 3}
+.series-4{stroke:var(--other);stroke-dasharray:4 3}.series-5{stroke:var(--soft);stroke-dasharray:1 3}
+.dot-0{fill:var(--mark)}.dot-1{fill:var(--failed)}.dot-2{fill:var(--passed)}.dot-3{fill:var(--winner-edge)}
+.dot-4{fill:var(--other)}.dot-5{fill:var(--soft)}
+.area{stroke:none;opacity:.18}
+.column{fill:var(--mark)}
+.guide{stroke:var(--soft);stroke-width:1;stroke-dasharray:2 3}
+.place{fill:var(--bg);stroke:var(--ink);stroke-width:2}
 .bar{stroke-width:3}.cap{stroke-width:2}
 .t-plain{stroke:var(--mark);fill:var(--mark)}.t-good{stroke:var(--passed);fill:var(--passed)}
 .t-bad{stroke:var(--failed);fill:var(--failed)}.t-warn,.t-muted{stroke:var(--other);fill:var(--other)}
