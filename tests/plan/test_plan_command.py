@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,16 @@ def test_a_config_of_the_users_own_is_planned(tmp_path: Path) -> None:
         (["qwen3-32b", "--tp", "0"], "0"),
         (["qwen3-32b", "--gpu", "abacus"], "abacus"),
         (["qwen3-32b", "--weights-bytes", "heavy"], "heavy"),
+        (["qwen3-32b", "--tp", "7"], "64 attention heads"),
+        (["qwen3-32b", "--gpu", "h100", "--gpu-memory", "48GiB"], "--gpu-memory"),
+        (["qwen3-32b", "--memory-fraction", "1.5"], "1.5"),
+        (["qwen3-32b", "--memory-fraction", "nan"], "nan"),
+        (["qwen3-32b", "--prices", "/no/such/prices.csv"], "/no/such/prices.csv"),
+        (["qwen3-32b", "--host-bandwidth", "25GB/s"], "--host 256GiB"),
+        (["qwen3-32b", "--host", "64GiB", "--host-bandwidth", "fast"], "fast"),
+        (["qwen3-32b", "--host", "64GiB", "--prefill-rate", "0"], "prefill"),
+        (["qwen3-32b", "--what-if", "cap=8192"], "--trace"),
+        (["qwen3-32b", "--trace", "/no/such/trace"], "/no/such/trace"),
     ],
 )
 def test_a_wrong_request_is_exit_2_one_line_and_still_one_json_object(args: list[str], said: str) -> None:
@@ -93,6 +104,82 @@ def test_a_config_with_impossible_heads_is_exit_2_naming_the_field(tmp_path: Pat
     assert result.returncode == 2
     assert "num_attention_heads" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"layer_types": ["full_attention", "warp_attention"]}, "warp_attention"),
+        ({"model_type": "mamba_of_tomorrow"}, "model_type"),
+        ({"head_dim": 2**70}, "head_dim"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ({"max_position_embeddings": -1}, "max_position_embeddings"),
+        ({"hidden_size": "64"}, "hidden_size"),
+    ],
+)
+def test_what_no_model_can_have_is_exit_2_naming_the_field(
+    tmp_path: Path, fields: dict[str, object], named: str
+) -> None:
+    config = {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64}
+    (tmp_path / "config.json").write_text(json.dumps({**config, **fields}))
+    result = plan(str(tmp_path))
+    assert result.returncode == 2
+    assert named in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert result.stdout == ""
+
+
+def test_formulas_hold_the_numbers(tmp_path: Path) -> None:
+    result = plan("gpt-oss-20b", "--explain", "--gpu", "h100", "--context", "8192")
+    for said in (
+        "12 layers x 8 heads x (K 64 in bf16 = 128 B + V 64 in bf16 = 128 B) = 24,576 B per token",
+        "ceil(8,192 / 16)",
+        "1 x 79.65 GiB x 0.9",
+    ):
+        assert said in result.stdout
+    body = json.loads(plan("gpt-oss-20b", "--explain", "--json").stdout)
+    assert "growth = 24,576 B per token; fixed = 3.00 MiB per sequence" in body["explain"]
+    assert "explain" not in json.loads(plan("gpt-oss-20b", "--json").stdout)
+
+
+def test_prices_tiers_and_a_trace_are_part_of_the_one_object(tmp_path: Path) -> None:
+    (tmp_path / "prices.csv").write_text("gpu,price\nH100,2.5\nH200,3.1\n")
+    rows = [
+        {"timestamp": 10 * i, "input_length": 1000, "output_length": 24, "hash_ids": [0, i + 1]}
+        for i in range(20)
+    ]
+    (tmp_path / "trace.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = [
+        "qwen3-32b", "--gpu", "h200", "--prices", str(tmp_path / "prices.csv"), "--host", "256GiB",
+        "--disk", "2TiB", "--disk-bandwidth", "6GB/s", "--trace", str(tmp_path / "trace.jsonl"),
+        "--trace-block-size", "512", "--what-if", "cap=8192,codec=int8",
+    ]  # fmt: skip
+    result = plan(*args, "--json")
+    assert result.returncode == 0, result.stderr
+    body = json.loads(result.stdout)
+    assert {pick["gpu"] for pick in body["picks"]} == {"H100-80GB", "H200"}
+    assert [tier["name"] for tier in body["tiers"]] == ["host", "disk"]
+    assert body["tiers"][1]["bandwidth"] == 6e9
+    assert [row["change"] for row in body["trace"]["what_ifs"]] == ["cap=8192", "codec=int8"]
+    assert body["trace"]["reuse"]["hit_rate"] == pytest.approx(19 * 512 / 20_000)
+    assert body["trace"]["kv_budget_bytes"] == body["capacity"][0]["kv_budget_bytes"]
+    text = plan(*args).stdout
+    for said in ("cards that hold it", "host tier of 256.00 GiB", "disk tier", "changes", "codec=int8"):
+        assert said in text
+
+
+def cpu_seconds(*command: str) -> float:
+    """User and system time of one child process: what a busy machine cannot blur."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, *command], capture_output=True, timeout=60, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+
+def test_planning_starts_within_three_tenths_of_a_second_of_a_bare_numpy() -> None:
+    bare = min(cpu_seconds("-c", "import numpy") for _ in range(3))
+    whole = min(cpu_seconds("-m", "kvtune", "plan", "qwen3-32b", "--json") for _ in range(3))
+    assert whole - bare < 0.3
 
 
 def test_planning_imports_nothing_heavy() -> None:

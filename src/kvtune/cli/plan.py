@@ -143,13 +143,10 @@ def _plan_trace(
     budget: int | None,
     tiers: list[Any],
 ) -> Any:
-    import sys
-
     from kvtune.plan import changes_from_text, plan_trace, size_model
     from kvtune.workload import load_workload
 
     changes = None if what_if is None else changes_from_text(what_if)
-    print(f"reading {path} ...", file=sys.stderr)
     workload = load_workload(path, trace_block_size=block_size)
     sizing = size_model(source, request)
     return plan_trace(workload, sizing, request, budget=budget, changes=changes, tiers=tiers)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from kvtune.cli.table import text_table
 from kvtune.config import format_bytes
-from kvtune.plan import CapacityRow, Finding, Holding, Plan, TracePlan, WhatIf
+from kvtune.plan import CapacityRow, Finding, Plan
+
+if TYPE_CHECKING:
+    from kvtune.plan import Holding, TracePlan, WhatIf
 
 __all__ = ["plan_lines"]
 

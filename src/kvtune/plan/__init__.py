@@ -1,6 +1,12 @@
-"""What a model's KV cache costs and how much of it a GPU holds. No torch, no weights, no GPU needed."""
+"""What a model's KV cache costs and how much of it a GPU holds. No torch, no weights, no GPU needed.
+
+What plans for a trace is imported when first asked for: it reads workloads, which a bare plan has no need of.
+"""
 
 from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from kvtune.plan.budget import KVBudget, kv_budget
 from kvtune.plan.capacity import CapacityRow, Pick
@@ -11,8 +17,10 @@ from kvtune.plan.planner import LayerRow, Plan, Sizing, plan_model, size_model
 from kvtune.plan.prices import read_prices
 from kvtune.plan.request import KV_DTYPES, PlanRequest, contexts_from_text
 from kvtune.plan.tiers import TierLoad, TierPlan, TierRequest
-from kvtune.plan.trace_plan import PrefixReuse, TierShare, TracePlan, plan_trace
-from kvtune.plan.whatif import Change, Holding, WhatIf, changes_from_text
+
+if TYPE_CHECKING:
+    from kvtune.plan.trace_plan import PrefixReuse, TierShare, TracePlan, plan_trace
+    from kvtune.plan.whatif import Change, Holding, WhatIf, changes_from_text
 
 __all__ = [
     "GPU",
@@ -47,3 +55,14 @@ __all__ = [
     "read_prices",
     "size_model",
 ]
+
+_ON_TRACES = {
+    **dict.fromkeys(("PrefixReuse", "TierShare", "TracePlan", "plan_trace"), "kvtune.plan.trace_plan"),
+    **dict.fromkeys(("Change", "Holding", "WhatIf", "changes_from_text"), "kvtune.plan.whatif"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ON_TRACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_ON_TRACES[name]), name)

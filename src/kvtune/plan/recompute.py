@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from kvtune.errors import UsageError
 from kvtune.plan.hardware import GPU
 from kvtune.plan.models import ModelSource
 from kvtune.plan.weights import dense_parameters
@@ -15,6 +16,8 @@ __all__ = ["PREFILL_UTILISATION", "PrefillModel", "prefill_model"]
 
 PREFILL_UTILISATION: Final = 0.5
 """Share of a card's dense 16-bit throughput that prefill reaches: what good engines do on long prompts."""
+
+_MAX_RATE = 1e12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +46,10 @@ def prefill_model(
     source: ModelSource, spec: ModelSpec, gpu: GPU | None, num_gpus: int, rate: float | None
 ) -> PrefillModel | None:
     """From `rate` (tokens/s, measured) or from the card's throughput; None where neither is known, or
-    where it is not known how many parameters a token meets."""
+    where it is not known how many parameters a token meets. UsageError for a rate that is none."""
     if rate is not None:
+        if not 0 < rate < _MAX_RATE:
+            raise UsageError(f"--prefill-rate must be a number of tokens/s above 0, found {rate:g}")
         return PrefillModel(basis=f"{rate:,.0f} tokens/s, as given", rate=rate)
     parameters = source.active_parameters or dense_parameters(source.config, spec)
     if gpu is None or gpu.flops is None or parameters is None or not spec.num_attention_heads:
