@@ -1,6 +1,8 @@
 """`kvtune simulate --mode cache` from the outside: one JSON object, readable tables, one line for errors."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -174,7 +176,9 @@ def test_the_tables_hold_the_figures_of_the_json(simulate, trace):
         (["--bytes-per-token", "5", "--model", "x"], "twice"),
         (["--kv-dtype", "int8"], "needs --model"),
         (["--block-size", "0"], "at least 1 token, found 0"),
-        (["--mode", "gpu"], "unknown --mode 'gpu'; known: cache"),
+        (["--mode", "gpu"], "unknown --mode 'gpu'; known: cache, serve"),
+        (["--recipe", "r.json"], "--recipe belongs to --mode serve, not to --mode cache"),
+        (["--mode", "serve", "--policy", "lru"], "--policy belongs to --mode cache, not to --mode serve"),
         (["--model", "nobody/nothing"], "nobody/nothing"),
     ],
 )
@@ -196,6 +200,16 @@ def test_without_a_trace_or_with_lengths_alone_it_says_what_is_missing(simulate,
     code, _, err = simulate(path)
     assert code == 2
     assert "lengths only" in err
+
+
+def test_it_starts_without_loading_what_it_does_not_need(trace):
+    code = (
+        "import sys; from kvtune.cli.main import main; main(sys.argv[1:]); "
+        "print([m for m in ('torch', 'transformers', 'rich', 'numpy.ma', 'kvtune.sim') if m in sys.modules])"
+    )
+    args = [sys.executable, "-c", code, "simulate", str(trace), "--capacity", "9"]
+    result = subprocess.run(args, capture_output=True, text=True, timeout=120, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
 
 
 def test_progress_is_silent_for_two_seconds_then_tells_the_time_left(capsys):

@@ -281,7 +281,7 @@ class Replayer:
         """Run in about a hundred steps of as many references each, so that Ctrl-C works between them."""
         start, total = self.trace.request_start, self.trace.num_references
         bounds = np.searchsorted(start, np.linspace(0, total, _STEPS + 1)[1:], side="left")
-        for until in np.unique(np.append(bounds, self.trace.num_requests)).tolist():
+        for until in sorted({*bounds.tolist(), self.trace.num_requests}):
             run.run(until)
             if progress is not None:
                 progress(int(start[min(until, self.trace.num_requests)]), total)

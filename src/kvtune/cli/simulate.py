@@ -8,7 +8,6 @@ refuses those that belong to another mode, and calls the one that was asked for.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 import typing
 from collections.abc import Callable
@@ -24,12 +23,7 @@ _Mode = Annotated[str, typer.Option("--mode", help="cache: the prefix cache alon
 
 
 def _modes() -> dict[str, Callable[..., None]]:
-    found: dict[str, Callable[..., None]] = {}
-    for mode in MODES:
-        name = f"kvtune.cli.simulate_{mode}"
-        if importlib.util.find_spec(name) is not None:
-            found[mode] = getattr(importlib.import_module(name), mode)
-    return found
+    return {mode: getattr(importlib.import_module(f"kvtune.cli.simulate_{mode}"), mode) for mode in MODES}
 
 
 def _parameters(function: Callable[..., None]) -> dict[str, inspect.Parameter]:
