@@ -177,7 +177,29 @@ def test_an_engine_with_small_blocks_loses_no_hits() -> None:
     assert plan.reuse.engine_hit_rate == plan.reuse.hit_rate
     assert plan.findings == ()
     assert plan.reuse.unique_bytes == 1600 * TOKEN
-    assert plan.tiers[0].share == 0.5
+
+
+def test_a_cache_level_hits_what_lru_hits_in_its_blocks() -> None:
+    """Two prompts of 20 blocks take turns: a cache of 40 blocks hits all but the first two, one of 20 the
+    shared half alone."""
+    shared, own = tuple(range(160)), [tuple(range(1000 * i, 1000 * i + 160)) for i in (1, 2)]
+    requests = tuple(
+        WorkloadRequest(request_id=str(i), token_ids=shared + own[i % 2], output_length=1) for i in range(6)
+    )
+    host = TierRequest(name="host", size=TOKEN * 16 * 10)
+    plan = plan_of(
+        Workload(requests=requests, format="test"), "codec=int4", budget=TOKEN * 16 * 20, tiers=(host,)
+    )
+    budget, with_host = plan.levels
+    assert (budget.name, budget.token_hit_rate) == ("KV budget", pytest.approx(5 * 160 / 1920))
+    assert (with_host.size_bytes, with_host.token_hit_rate) == (
+        TOKEN * 16 * 30,
+        pytest.approx((5 * 160 + 4 * 160) / 1920),
+    )
+    assert plan.what_ifs[0].hit_rate == with_host.token_hit_rate  # a quarter of the bytes per block
+    assert plan.hit_curve[-1][1] == with_host.token_hit_rate
+    sizes = [size for size, _ in plan.hit_curve]
+    assert sizes == sorted(set(sizes))
 
 
 def test_a_trace_of_lengths_alone_says_nothing_of_reuse() -> None:

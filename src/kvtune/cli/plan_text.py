@@ -193,12 +193,22 @@ def _trace(trace: TracePlan) -> Iterator[str]:
         f"  {_held(trace.today)}",
         f"  {_reuse(trace)}",
         *(
-            f"  a {tier.name} tier of {format_bytes(tier.size_bytes)} holds {tier.share:.1%} of it"
-            for tier in trace.tiers
+            f"  full of prefixes, up to {level.name} ({format_bytes(level.size_bytes)}) hits "
+            f"{level.token_hit_rate:.1%} of prompt tokens"
+            for level in trace.levels
         ),
     ]
     yield from _section(f"trace {trace.path}", lines)
-    head = ("what if", "touches", "tokens lost", "mean bytes", "expected", "guaranteed", "second pool")
+    head = (
+        "what if",
+        "touches",
+        "tokens lost",
+        "mean bytes",
+        "expected",
+        "guaranteed",
+        "hits",
+        "second pool",
+    )
     yield from _section("changes", text_table(head, [_change(row) for row in trace.what_ifs]))
 
 
@@ -232,5 +242,6 @@ def _change(row: WhatIf) -> tuple[str, ...]:
         format_bytes(row.main.mean_bytes),
         f"{row.gain_expected:.2f}x",
         f"{row.gain_guaranteed:.2f}x",
+        "-" if row.hit_rate is None else f"{row.hit_rate:.1%}",
         second,
     )

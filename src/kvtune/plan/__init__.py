@@ -19,13 +19,14 @@ from kvtune.plan.request import KV_DTYPES, PlanRequest, contexts_from_text
 from kvtune.plan.tiers import TierLoad, TierPlan, TierRequest
 
 if TYPE_CHECKING:
-    from kvtune.plan.trace_plan import PrefixReuse, TierShare, TracePlan, plan_trace
+    from kvtune.plan.trace_plan import CacheLevel, PrefixReuse, TracePlan, plan_trace
     from kvtune.plan.whatif import Change, Holding, WhatIf, changes_from_text
 
 __all__ = [
     "GPU",
     "GPUS",
     "KV_DTYPES",
+    "CacheLevel",
     "CapacityRow",
     "Change",
     "Finding",
@@ -41,7 +42,6 @@ __all__ = [
     "TierLoad",
     "TierPlan",
     "TierRequest",
-    "TierShare",
     "TracePlan",
     "WhatIf",
     "bundled_models",
@@ -57,7 +57,7 @@ __all__ = [
 ]
 
 _ON_TRACES = {
-    **dict.fromkeys(("PrefixReuse", "TierShare", "TracePlan", "plan_trace"), "kvtune.plan.trace_plan"),
+    **dict.fromkeys(("CacheLevel", "PrefixReuse", "TracePlan", "plan_trace"), "kvtune.plan.trace_plan"),
     **dict.fromkeys(("Change", "Holding", "WhatIf", "changes_from_text"), "kvtune.plan.whatif"),
 }
 

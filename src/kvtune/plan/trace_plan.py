@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kvtune.cache.replay import LRUCurve, Replayer
 from kvtune.errors import UsageError
 from kvtune.plan.findings import Finding
 from kvtune.plan.lengths import LengthStatistics, length_statistics, sequence_lengths
@@ -17,12 +19,15 @@ from kvtune.plan.planner import Sizing
 from kvtune.plan.request import PlanRequest
 from kvtune.plan.tiers import TierRequest
 from kvtune.plan.whatif import Change, Holding, WhatIf, default_changes, holding, what_if
+from kvtune.spec import AllocatorModel
 from kvtune.workload import BlockTrace, Workload, block_trace
 
-__all__ = ["PrefixReuse", "TierShare", "TracePlan", "plan_trace"]
+__all__ = ["CacheLevel", "PrefixReuse", "TracePlan", "plan_trace"]
 
 _LOST_HITS = 0.2
 """Share of the possible hits whose loss to a large block is worth a warning."""
+_CURVE_POINTS = 64
+_MOST_REFERENCES_IN_PYTHON = 500_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,17 +47,19 @@ class PrefixReuse:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TierShare:
-    """How much of everything a trace ever caches a tier holds."""
+class CacheLevel:
+    """A memory size with a name: the KV budget, then each tier with all before it. `token_hit_rate` of the
+    prompt tokens, if all of it were prefix cache under LRU."""
 
     name: str
     size_bytes: int
-    share: float
+    token_hit_rate: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TracePlan:
-    """`today`: the trace as it is; `reuse` is None where only lengths are known."""
+    """`today`: the trace as it is. `reuse` is None where only lengths are known. `hit_curve`: (bytes, share
+    of the prompt tokens hit) of an LRU prefix cache, from empty, for drawing; empty where it is not known."""
 
     path: str
     format: str
@@ -61,7 +68,8 @@ class TracePlan:
     today: Holding
     what_ifs: tuple[WhatIf, ...]
     reuse: PrefixReuse | None
-    tiers: tuple[TierShare, ...]
+    levels: tuple[CacheLevel, ...]
+    hit_curve: tuple[tuple[int, float], ...]
     findings: tuple[Finding, ...]
     notes: tuple[str, ...]
 
@@ -84,46 +92,94 @@ def plan_trace(
     lengths = sequence_lengths(workload)
     tokens = lengths.tokens
     chosen = default_changes(tokens, sizing, request) if changes is None else changes
-    reuse = _reuse(workload, sizing)
+    traces = _block_traces(workload, sizing)
+    reuse = None if traces is None else _reuse(*traces, sizing)
+    curve = None if traces is None else _HitCurve.of(traces[1], sizing.model)
     return TracePlan(
         path=str(workload.path or ""),
         format=workload.format,
         kv_budget_bytes=budget,
         lengths=length_statistics(lengths),
         today=holding(tokens, sizing.model.bytes, budget, int(tokens.max())),
-        what_ifs=what_if(chosen, tokens, sizing, request, budget),
+        what_ifs=what_if(
+            chosen, tokens, sizing, request, budget=budget,
+            hit_rate=lambda model: None if curve is None or budget is None else curve.under(model, budget),
+        ),
         reuse=reuse,
-        tiers=_tier_shares(tiers, reuse),
+        levels=() if curve is None else curve.levels(budget, tiers),
+        hit_curve=() if curve is None else curve.points(),
         findings=tuple(_findings(reuse, request)),
         notes=(*workload.notes, *lengths.notes),
-    )
+    )  # fmt: skip
 
 
-def _reuse(workload: Workload, sizing: Sizing) -> PrefixReuse | None:
+def _block_traces(workload: Workload, sizing: Sizing) -> tuple[BlockTrace, BlockTrace] | None:
+    """The trace in its own blocks, and in the engine's where those are longer; None for lengths alone."""
     try:
         own = block_trace(workload)
-    except UsageError:  # lengths only: nothing tells what is shared
+    except UsageError:  # nothing tells what is shared
         return None
-    engine_block = max(own.block_size, sizing.model.effective_block_size())
-    at_engine = own if engine_block == own.block_size else block_trace(workload, engine_block)
+    engine_block = sizing.model.effective_block_size()
+    return own, own if engine_block <= own.block_size else block_trace(workload, engine_block)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _HitCurve:
+    """Exact LRU hits at every cache size, in bytes of one allocator."""
+
+    curve: LRUCurve
+    trace: BlockTrace
+    model: AllocatorModel
+
+    @classmethod
+    def of(cls, trace: BlockTrace, model: AllocatorModel) -> _HitCurve | None:
+        """None where the pass would take minutes: a long trace and no native core."""
+        replayer = Replayer(trace)
+        if replayer.core == "python" and trace.num_references > _MOST_REFERENCES_IN_PYTHON:
+            return None
+        return cls(replayer.lru_curve(), trace, model)
+
+    def _block_bytes(self, model: AllocatorModel) -> float:
+        return max(1.0, self.trace.block_size * model.cached_token_bytes())
+
+    def rate(self, size_bytes: int) -> float:
+        return self.curve.token_hit_rate(int(size_bytes // self._block_bytes(self.model)))
+
+    def under(self, model: AllocatorModel, size_bytes: int) -> float | None:
+        """The rate under another allocator, None where its blocks are longer than the trace was cut to."""
+        if model.effective_block_size() > self.trace.block_size:
+            return None
+        return self.curve.token_hit_rate(int(size_bytes // self._block_bytes(model)))
+
+    def levels(self, budget: int | None, tiers: Sequence[TierRequest]) -> tuple[CacheLevel, ...]:
+        sizes = [] if budget is None else [("KV budget", budget)]
+        sizes += [(tier.name, tier.size) for tier in tiers]
+        sums = itertools.accumulate(size for _, size in sizes)
+        return tuple(
+            CacheLevel(name=name, size_bytes=total, token_hit_rate=self.rate(total))
+            for (name, _), total in zip(sizes, sums, strict=True)
+        )
+
+    def points(self) -> tuple[tuple[int, float], ...]:
+        """At most so many sizes, evenly spaced in their logarithm, up to where nothing is ever evicted."""
+        most = max(1, self.trace.num_unique)
+        counts = np.unique(np.geomspace(1, most, _CURVE_POINTS).astype(np.int64)).tolist()
+        size = self._block_bytes(self.model)
+        return tuple((int(count * size), self.curve.token_hit_rate(count)) for count in counts)
+
+
+def _reuse(own: BlockTrace, at_engine: BlockTrace, sizing: Sizing) -> PrefixReuse:
     unique = int(own.block_tokens[_first_occurrences(own)].sum())
     return PrefixReuse(
         block_size=own.block_size,
         hit_rate=_hit_rate(own),
-        engine_block_size=engine_block,
+        engine_block_size=at_engine.block_size,
         engine_hit_rate=_hit_rate(at_engine),
         unique_tokens=unique,
-        unique_bytes=int(unique * _bytes_per_cached_token(sizing)),
+        unique_bytes=int(unique * sizing.model.cached_token_bytes()),
         is_lower_bound=own.is_lower_bound or at_engine.is_lower_bound,
         is_estimated=own.is_estimated,
     )
-
-
-def _bytes_per_cached_token(sizing: Sizing) -> float:
-    """Pool bytes a token takes while all layers keep it."""
-    model = sizing.model
-    per_rank = sum(term.block_bytes / term.block_size for term in model.terms if term.block_bytes)
-    return model.paging.tp * per_rank
 
 
 def _first_occurrences(trace: BlockTrace) -> npt.NDArray[np.bool_]:
@@ -142,14 +198,6 @@ def _hit_rate(trace: BlockTrace) -> float:
     is_whole = ~is_short if not is_uneven else np.ones(trace.num_references, dtype=bool)
     is_hit = ~_first_occurrences(trace) & is_whole
     return float(trace.block_tokens[is_hit].sum()) / max(1, int(trace.prompt_tokens.sum()))
-
-
-def _tier_shares(tiers: Sequence[TierRequest], reuse: PrefixReuse | None) -> tuple[TierShare, ...]:
-    if reuse is None or not reuse.unique_bytes:
-        return ()
-    return tuple(
-        TierShare(name=t.name, size_bytes=t.size, share=min(1.0, t.size / reuse.unique_bytes)) for t in tiers
-    )
 
 
 def _findings(reuse: PrefixReuse | None, request: PlanRequest) -> list[Finding]:

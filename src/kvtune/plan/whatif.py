@@ -7,6 +7,7 @@ which is what an engine promises when it starts ("maximum concurrency").
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from kvtune.spec import AllocatorModel, Paging, kv_format, kv_formats
 
 __all__ = ["Change", "Holding", "WhatIf", "changes_from_text", "default_changes", "holding", "what_if"]
 
+HitRate = Callable[[AllocatorModel], float | None]
 BoolArray = npt.NDArray[np.bool_]
 _STEP = 256
 """Proposed limits are multiples of this."""
@@ -61,7 +63,8 @@ class WhatIf:
 
     `touched_share` of the requests; `lost_tokens_share` of their tokens is refused or cut. `gain_expected`
     and `gain_guaranteed`: requests held, as a multiple of today's, from the same memory. A route splits
-    it by bytes: `second_memory_share` goes to the pool of the long ones.
+    it by bytes: `second_memory_share` goes to the pool of the long ones. `hit_rate`: of prompt tokens, if
+    the whole budget were prefix cache; None where that is not known for the change.
     """
 
     change: str
@@ -75,6 +78,7 @@ class WhatIf:
     second_memory_share: float
     gain_expected: float
     gain_guaranteed: float
+    hit_rate: float | None = None
 
 
 def changes_from_text(text: str) -> tuple[Change, ...]:
@@ -138,6 +142,7 @@ class _Trace:
     request: PlanRequest
     budget: int | None
     today: Holding
+    hit_rate: HitRate
 
     @property
     def longest(self) -> int:
@@ -147,13 +152,24 @@ class _Trace:
         return None if self.budget is None else round(self.budget * budget_share)
 
 
+def _unknown(_model: AllocatorModel) -> float | None:
+    return None
+
+
 def what_if(
-    changes: Sequence[Change], tokens: IntArray, sizing: Sizing, request: PlanRequest, budget: int | None
+    changes: Sequence[Change],
+    tokens: IntArray,
+    sizing: Sizing,
+    request: PlanRequest,
+    *,
+    budget: int | None,
+    hit_rate: HitRate = _unknown,
 ) -> tuple[WhatIf, ...]:
-    """Every change on requests of these lengths. UsageError for a codec the engine does not have and for a
-    limit below the shortest request."""
+    """Every change on requests of these lengths. `hit_rate` tells what a budget full of prefixes would hit
+    under other allocator settings. UsageError for a codec the engine does not have and for a limit below
+    the shortest request."""
     today = holding(tokens, sizing.model.bytes, budget, int(tokens.max()))
-    trace = _Trace(tokens, sizing, request, budget, today)
+    trace = _Trace(tokens, sizing, request, budget, today, hit_rate)
     return tuple(_CHANGES[change.kind](change, trace) for change in changes)
 
 
@@ -201,7 +217,8 @@ def _codec(change: Change, trace: _Trace) -> WhatIf:
     paging = Paging(block_size=request.block_size, tp=request.tp, chunk=request.chunk)
     model = AllocatorModel(sizing.spec, kv, request.engine, paging)
     main = holding(trace.tokens, model.bytes, trace.budget, trace.longest)
-    return _result(change, trace, np.ones(len(trace.tokens), dtype=bool), main)
+    result = _result(change, trace, np.ones(len(trace.tokens), dtype=bool), main)
+    return dataclasses.replace(result, hit_rate=trace.hit_rate(model))
 
 
 def _route(change: Change, trace: _Trace) -> WhatIf:

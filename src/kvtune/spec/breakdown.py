@@ -77,6 +77,11 @@ class AllocatorModel:
         blocks = ((-(-num_tokens // t.block_size), t.block_bytes) for t in self.terms if t.block_bytes)
         return self.paging.tp * sum(count * size for count, size in blocks)
 
+    def cached_token_bytes(self) -> float:
+        """Pool bytes, over all ranks, of a token that every layer keeps."""
+        paged = (term for term in self.terms if term.block_bytes)
+        return self.paging.tp * sum(term.block_bytes / term.block_size for term in paged)
+
     def effective_block_size(self) -> int:
         """Tokens of the longest block: what a prefix must fill before any of it can be shared."""
         return max((term.block_size for term in self.terms if term.block_bytes), default=1)
