@@ -1,4 +1,5 @@
 // The C ABI of the replay core. Handles are opaque; every function that can fail writes a one-line message.
+#include <algorithm>
 #include <cstring>
 #include <exception>
 #include <memory>
@@ -137,7 +138,7 @@ KVTUNE_API int64_t kvtune_replay_bytes(const void* handle) {
 // The blocks that left, in order: `out` null asks for their number. Kept only where keep_log was set.
 KVTUNE_API int64_t kvtune_replay_log(void* handle, int32_t* out) {
   const auto& log = static_cast<replay::Replay*>(handle)->cache().log();
-  if (out != nullptr) std::memcpy(out, log.data(), log.size() * sizeof(replay::Block));
+  if (out != nullptr) std::copy(log.begin(), log.end(), out);
   return static_cast<int64_t>(log.size());
 }
 
