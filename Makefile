@@ -2,7 +2,7 @@
 VENV  ?= .venv
 PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.kvtune-env
-NATIVE := $(wildcard src/kvtune/kernels/csrc/*) CMakeLists.txt
+NATIVE := $(wildcard src/kvtune/kernels/csrc/* src/kvtune/cache/csrc/*) CMakeLists.txt
 DEMO_OUT := kvtune-demo
 
 .PHONY: env demo test check proof bench docs clean help

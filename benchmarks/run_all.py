@@ -28,8 +28,10 @@ def main() -> int:
     if args.traces:
         trace = Path(args.traces) / "azure2023_conv.csv.gz"
         commands["bench_capacity"] = ["--trace", str(trace), "--json", str(args.out / "bench_capacity.json")]
+        replayed = ["--traces", str(args.traces), "--json", str(args.out / "bench_replay.json")]
+        commands["bench_replay"] = replayed
     else:
-        print("bench_capacity left out: give --traces DIR with azure2023_conv.csv.gz")
+        print("bench_capacity and bench_replay left out: give --traces DIR with the public traces")
     failed: list[str] = []
     for name, flags in commands.items():
         print(f"== {name} {' '.join(flags)}", flush=True)
