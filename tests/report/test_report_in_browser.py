@@ -8,9 +8,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from page_samples import cache_record, plan_record, serve_record
 from report_sample import sample_result
 
-from kvtune.report import render
+from kvtune.report import render, render_plan, render_simulation
 
 BROWSER = next((b for b in ("chromium-headless-shell", "chromium", "google-chrome") if shutil.which(b)), None)
 
@@ -49,6 +50,23 @@ def test_the_report_opens_without_console_message_or_request(tmp_path: Path) -> 
     page.write_text(render(sample_result()))
     dom, log, urls = opened(page, tmp_path)
     assert 'data-testid="verdict"' in dom and "1,056 B" in dom
+    assert "CONSOLE" not in log, log
+    assert [url for url in urls if not url.startswith(("file:", "data:"))] == []
+
+
+@pytest.mark.parametrize(
+    ("page", "shown"),
+    [
+        (lambda: render_simulation(cache_record()), 'data-testid="knee"'),
+        (lambda: render_simulation(serve_record()), 'data-testid="slo.attainment"'),
+        (lambda: render_plan(plan_record()), 'data-testid="growth"'),
+    ],
+)
+def test_pages_of_plan_and_simulate_open_without_console_message_or_request(page, shown, tmp_path):
+    file = tmp_path / "page.html"
+    file.write_text(page())
+    dom, log, urls = opened(file, tmp_path)
+    assert shown in dom
     assert "CONSOLE" not in log, log
     assert [url for url in urls if not url.startswith(("file:", "data:"))] == []
 

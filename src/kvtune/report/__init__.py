@@ -1,10 +1,13 @@
-"""What a result file says, for people: one self-contained HTML page, or Markdown. Tensor-free, stdlib only.
+"""What result files say, for people: self-contained HTML pages, Markdown, pictures in a terminal.
 
-Owns the wording and the figures. Reads nothing but the mapping that `tune` wrote as result.json: every
-number shown stands in that file, a field it lacks reads "not recorded".
+Tensor-free, stdlib only.
+
+Owns the wording and the figures. Reads nothing but the mappings that `tune`, `plan` and `simulate` write as
+JSON: every number shown stands there, a field they lack reads "not recorded".
 """
 
 from kvtune.report.html import render
 from kvtune.report.markdown import render_markdown
+from kvtune.report.pages import render_plan, render_simulation
 
-__all__ = ["render", "render_markdown"]
+__all__ = ["render", "render_markdown", "render_plan", "render_simulation"]

@@ -25,28 +25,29 @@ from kvtune.report.workload_sections import rate_cell, rate_text
 __all__ = ["cache_answer", "cache_sections"]
 
 _BOUNDS: Final = ("lru", "optimal", "optimal_pinned")
+_HALF_GAIN: Final = "what_if.half_bytes_per_block.block_hit_rate_gain"
 _MOST_TENANTS: Final = 20
 
 
 def cache_answer(record: Mapping[str, Any]) -> Section:
-    """The first row in a sentence and six figures."""
+    """One size in a sentence and six figures: of several the one where more blocks would buy most."""
     rows = _rows(record)
     if not rows:
         return Section("Answer", (Paragraph("No cache size was replayed.", "warn"),))
-    row = rows[0]
+    row = max(rows, key=lambda row: number(find(row, _HALF_GAIN)) or 0.0)
     policy, size = str(record.get("policy", NOT_RECORDED)), _size_text(row, record)
-    half = as_mapping(find(row, "what_if.half_bytes_per_block"))
+    found, half = _of_policy(row, policy), as_mapping(find(row, "what_if.half_bytes_per_block"))
     lru, oracle = find(row, "lru.block_hit_rate"), find(row, "oracle.block_hit_rate")
     text = (
-        f"{policy} hits {rate_text(record.get('block_hit_rate'))} of the prompt blocks with {size}; "
+        f"{policy} hits {rate_text(found.get('block_hit_rate'))} of the prompt blocks with {size}; "
         f"lru {rate_text(lru)}, the best any engine could do {rate_text(oracle)}. "
         f"Half the bytes per block would lift lru to {rate_text(half.get('block_hit_rate'))}."
     )
     knee, enough = as_mapping(find(record, "curve.knee")), as_mapping(find(record, "curve.enough"))
     facts = Facts(
         (
-            (f"{policy}, blocks hit", rate_cell(record.get("block_hit_rate"), test_id="block_hit_rate")),
-            (f"{policy}, tokens hit", rate_cell(record.get("token_hit_rate"), test_id="token_hit_rate")),
+            (f"{policy}, blocks hit", rate_cell(found.get("block_hit_rate"), test_id="block_hit_rate")),
+            (f"{policy}, tokens hit", rate_cell(found.get("token_hit_rate"), test_id="token_hit_rate")),
             ("best possible", rate_cell(oracle, test_id="oracle")),
             ("lru with twice the blocks", rate_cell(half.get("block_hit_rate"), test_id="half-bytes")),
             ("knee of the lru curve", _blocks_cell(knee.get("capacity_blocks"), record, "knee")),
@@ -93,7 +94,9 @@ def _size_text(row: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     if number(capacity) is None:
         return "an unbounded cache"
     tokens = show_number(number(record.get("block_size")) or 0)
-    return f"{_blocks_cell(capacity, record, '').text} of {tokens} tokens"
+    size = row.get("capacity_bytes")
+    memory = "" if size is None else f" ({show_number(size, 'bytes')})"
+    return f"{capacity:,} blocks of {tokens} tokens{memory}"
 
 
 # --- the curve

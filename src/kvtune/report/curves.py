@@ -81,7 +81,7 @@ def _frame(chart: Lines, x_axis: Axis, y_axis: Axis, height: float) -> str:
     for tick in _x_ticks(x_axis, chart.x_unit):
         x = x_axis.place(tick)
         parts.append(svg_line(x, bottom, x, bottom + 5, "axis"))
-        parts.append(svg_text(x, bottom + 18, show_number(tick, chart.x_unit)))
+        parts.append(svg_text(x, bottom + 18, _tick_text(tick, chart.x_unit)))
     parts.append(svg_line(_LEFT, bottom, WIDTH - _RIGHT, bottom, "axis"))
     parts.append(_names(chart.x_label, chart.y_label, height))
     return "".join(parts)
@@ -96,12 +96,16 @@ def _x_ticks(axis: Axis, unit: str) -> list[float]:
         ticks = [m * 10.0**e for e in decades for m in (1, 2, 5) if axis.low <= m * 10.0**e <= axis.high]
     taken, kept = -math.inf, list[float]()
     for tick in ticks:
-        half = _CHARACTER * len(show_number(tick, unit)) / 2 + 4
+        half = _CHARACTER * len(_tick_text(tick, unit)) / 2 + 4
         x = axis.place(tick)
         if x - half >= taken and x + half <= WIDTH:
             kept.append(tick)
             taken = x + half
     return kept
+
+
+def _tick_text(tick: float, unit: str) -> str:
+    return show_number(tick, unit) if tick else "0"
 
 
 def _rows(y_axis: Axis, unit: str) -> str:
@@ -110,7 +114,7 @@ def _rows(y_axis: Axis, unit: str) -> str:
     for tick in ticks if y_axis.start - y_axis.end > 150 else ticks[::2]:
         y = y_axis.place(tick)
         parts.append(svg_line(_LEFT, y, WIDTH - _RIGHT, y, "grid"))
-        parts.append(svg_text(_LEFT - 7, y + 4, show_number(tick, unit), anchor="end"))
+        parts.append(svg_text(_LEFT - 7, y + 4, _tick_text(tick, unit), anchor="end"))
     return "".join(parts)
 
 
@@ -151,15 +155,15 @@ def _runs(points: Sequence[tuple[float, float | None]]) -> list[list[tuple[float
 
 
 def _place(mark: Mark, x_axis: Axis, y_axis: Axis) -> str:
-    """A ring with a line down to the axis, and the label on the side that has room."""
+    """A ring with a line down to the axis, and the label above its foot, on the side that has room."""
     x, y = x_axis.place(mark.x), y_axis.place(mark.y)
     width = _CHARACTER * len(mark.label)
-    is_right = x + 10 + width < WIDTH - 4
+    is_right = x - 10 - width < _LEFT
     text_x, anchor = (x + 10, "start") if is_right else (x - 10, "end")
     return (
         f"{svg_line(x, y, x, y_axis.start, 'guide')}"
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5.5" class="place"/>'
-        f"{svg_text(text_x, min(y + 18, y_axis.start - 5), mark.label, 'point', anchor)}"
+        f"{svg_text(text_x, y_axis.start - 6, mark.label, 'point', anchor)}"
     )
 
 

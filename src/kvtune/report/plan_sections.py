@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from kvtune.report.blocks import Bar, Bars, Block, Cell, Code, Facts, Paragraph, Section, Table, Tone, cell
+from kvtune.report.blocks import (
+    Block,
+    Cell,
+    Code,
+    Facts,
+    Interval,
+    Intervals,
+    Paragraph,
+    Section,
+    Table,
+    Tone,
+    cell,
+)
 from kvtune.report.record import as_mapping, as_sequence, find, number, show_number
 from kvtune.report.workload_sections import rate_cell, rate_text
 
@@ -38,7 +50,18 @@ def plan_answer(plan: Mapping[str, Any]) -> Section:
         cards.append(
             ("held of this trace, mean", cell(find(trace, "today.expected"), test_id="trace.expected"))
         )
-    return Section("Answer", (Facts(tuple(cards), is_headline=True),))
+    return Section("Answer", (Paragraph(_sentence(plan, capacity)), Facts(tuple(cards), is_headline=True)))
+
+
+def _sentence(plan: Mapping[str, Any], capacity: Sequence[Mapping[str, Any]]) -> str:
+    growth = show_number(number(find(plan, "kv.growth_bytes_per_token")) or 0, "bytes")
+    text = f"One token costs {growth} in {plan.get('engine')}, blocks of {plan.get('block_size')}."
+    for row in capacity[:1]:
+        held = as_mapping(row.get("max_concurrency"))
+        for context, count in list(held.items())[:1]:
+            card = f"{row.get('num_gpus', 1)} x {row.get('gpu')}"
+            text += f" {card} holds {number(count) or 0:,.0f} sequences of {_tokens(context)}."
+    return text
 
 
 def plan_sections(plan: Mapping[str, Any]) -> list[Section]:
@@ -228,18 +251,20 @@ def _trace_facts(trace: Mapping[str, Any]) -> Facts:
     return Facts(tuple(items))
 
 
-def _gain_figure(changes: Sequence[Mapping[str, Any]]) -> Bars:
-    gains = [(str(row.get("change")), number(row.get("gain_expected"))) for row in changes]
-    bars = tuple(
-        Bar(name, gain, f"{name}: {gain:.2f} x the requests held today")
-        for name, gain in gains
+def _gain_figure(changes: Sequence[Mapping[str, Any]]) -> Intervals:
+    rows = tuple(
+        Interval(
+            name,
+            min(1.0, gain),
+            gain,
+            max(1.0, gain),
+            "good" if gain > 1.005 else "",
+            f"{name}: {gain:.2f} x",
+        )
+        for name, gain in ((str(row.get("change")), number(row.get("gain_expected"))) for row in changes)
         if gain is not None
     )
-    best = max(bars, key=lambda bar: bar.value)
-    summary = f"{best.label} holds most: {best.value:.2f} times as many requests on average as today."
-    return Bars(
-        "Requests held on average, as a multiple of today", "change", "multiple", bars, summary, y_unit="x"
-    )
+    return Intervals("Requests held on average, as a multiple of today", "multiple", rows, 1.0, "today")
 
 
 def _change_table(changes: Sequence[Mapping[str, Any]]) -> Table:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from kvtune.report.blocks import Block, Cell, Facts, Lines, Paragraph, Section, Series, Table, cell
-from kvtune.report.record import as_mapping, as_sequence, number, show_number
+from kvtune.report.record import as_mapping, as_sequence, number, show_number, unit_of
 from kvtune.report.workload_sections import rate_cell, rate_text
 
 __all__ = ["serve_answer", "serve_sections"]
@@ -203,4 +203,9 @@ def _load_facts(record: Mapping[str, Any]) -> Facts:
 def _plain_facts(settings: Mapping[str, Any]) -> Facts:
     """Whatever is a single value."""
     plain = {key: value for key, value in settings.items() if isinstance(value, str | int | float)}
-    return Facts(tuple((str(key).replace("_", " "), cell(value)) for key, value in plain.items()))
+    return Facts(
+        tuple(
+            (str(key).replace("_", " "), cell(value, "bytes" if key == "kv_budget" else unit_of(key)))
+            for key, value in plain.items()
+        )
+    )

@@ -32,7 +32,7 @@ p.bad{border-color:var(--bad)}p.warn{border-color:var(--warn)}p.good{border-colo
 font-size:18px}
 dl{margin:12px 0}
 dd{margin:0;overflow-wrap:anywhere}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(205px,1fr));gap:12px}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(160px,1fr));gap:12px}
 .cards div{background:var(--panel);border:1px solid var(--line);border-radius:8px;padding:12px 14px}
 .cards dt{color:var(--soft);font-size:13px}
 .cards dd{font-size:18px;line-height:1.35;margin-top:3px;font-variant-numeric:tabular-nums}

@@ -110,7 +110,7 @@ def _short(value: float) -> str:
     """A bar's lower edge in at most five characters."""
     for size, letter in ((1e6, "M"), (1e3, "k")):
         if value >= size:
-            return f"{value / size:.3g}{letter}"
+            return f"{value / size:.2g}{letter}" if value < 100 * size else f"{value / size:.0f}{letter}"
     return f"{value:.0f}" if value >= 10 or value == int(value) else f"{value:.1f}"
 
 
