@@ -51,7 +51,7 @@ def canonical_json(data: Any) -> str:
 
 def codec_constants_sha256() -> str:
     """Hash of the stored bits of every codec: bytes written under other constants cannot be read."""
-    rows = [[c.name, c.code_bits, c.strip_values] for c in CODEC_STORAGE.values()]
+    rows = [[c.name, c.code_bits, c.strip_values, c.low_bits, c.is_rotated] for c in CODEC_STORAGE.values()]
     return hashlib.sha256(canonical_json([BLOCK_ALIGN, sorted(rows)]).encode()).hexdigest()
 
 

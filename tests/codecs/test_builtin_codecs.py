@@ -44,6 +44,26 @@ class TestInt4(CodecSuite):
         return CODECS["int4"]
 
 
+class TestFp8(CodecSuite):
+    def make_codec(self):
+        return CODECS["fp8"]
+
+
+class TestInt4Rh(CodecSuite):
+    def make_codec(self):
+        return CODECS["int4_rh"]
+
+
+class TestN8Rh(CodecSuite):
+    def make_codec(self):
+        return CODECS["n8_rh"]
+
+
+class TestN4Rh(CodecSuite):
+    def make_codec(self):
+        return CODECS["n4_rh"]
+
+
 @st.composite
 def vectors(draw):
     """[3, 2, d] with each vector at a magnitude and offset of its own, some channels extreme."""
@@ -102,5 +122,7 @@ def test_the_registry_and_spec_know_the_same_codecs():
 
 
 def test_an_unknown_codec_is_refused_with_the_known_ones():
-    with pytest.raises(UsageError, match=r"int3.*known: fp32, bf16, fp16, int8, int4"):
+    with pytest.raises(
+        UsageError, match=r"int3.*known: fp32, bf16, fp16, int8, int4, fp8, int4_rh, n8_rh, n4_rh"
+    ):
         codec("int3")

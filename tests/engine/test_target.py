@@ -63,7 +63,7 @@ def test_knobs_offer_the_baseline_and_smaller_codecs(target):
     assert set(knobs) == set(CONFIG)
     for knob in knobs.values():
         assert knob.baseline in knob.values
-    assert knobs["k_codec"].values == ("bf16", "int8", "int4")
+    assert knobs["k_codec"].values == ("bf16", "int8", "fp8", "n8_rh", "int4", "int4_rh")
     assert [knob.name for knob in knobs.values() if knob.is_lossy] == ["k_codec", "v_codec"]
 
 

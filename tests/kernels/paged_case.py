@@ -74,8 +74,12 @@ def make_case(
     first_codec: str | None = None,
     seed: int = 0,
     shuffle: bool = True,
+    centre: torch.Tensor | None = None,
 ) -> Case:
-    """Sequences of the given lengths in a shuffled arena; unused bytes are 0xFF (NaN in every float form)."""
+    """Sequences of the given lengths in a shuffled arena; unused bytes are 0xFF (NaN in every float form).
+
+    Keys are drawn around `centre` [h, Dk], which the cache knows.
+    """
     generator = torch.Generator().manual_seed(seed)
     v_dim = v_head_dim or head_dim
 
@@ -97,9 +101,12 @@ def make_case(
         num_blocks,
         first_layout=first_layout,
         num_first_blocks=len(lengths) if first_codec else 0,
+        k_centre=centre,
     )
     for arena, _, _ in cache.parts():
         arena.fill_(0xFF)
+    for low in cache.low_planes.values():
+        low.arena.fill_(0xFF)
     ids = torch.randperm(num_blocks, generator=generator) if shuffle else torch.arange(num_blocks)
     tables, taken = [], 0
     for s, count in enumerate(blocks):
@@ -111,6 +118,7 @@ def make_case(
         p = torch.arange(lengths[s])
         slots = table[p // block_size].long() * block_size + p % block_size
         k = torch.randn(lengths[s], num_kv_heads, head_dim, generator=torch.Generator().manual_seed(seed + s))
+        k = k if centre is None else k + centre
         v = torch.randn(lengths[s], num_kv_heads, v_dim, generator=torch.Generator().manual_seed(~seed & 255))
         write_kv(cache, k, v, slots, backend=choose_backend("reference"))
     return Case(cache, tables, lengths, num_kv_heads * group)

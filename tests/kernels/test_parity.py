@@ -1,7 +1,5 @@
 """Fast kernels mean what the reference means, and the reference means attention."""
 
-import itertools
-
 import pytest
 import torch
 from paged_case import make_case, random_query
@@ -14,7 +12,8 @@ from kvtune.kernels import choose_backend, paged_attention
 REFERENCE = choose_backend("reference")
 TORCH = choose_backend("torch")
 CONTEXTS = [1, 15, 16, 17, 100, 515]
-PAIRS = list(itertools.product(CODECS, CODECS))
+PAIRS = sorted({*((c, c) for c in CODECS), *((c, "int8") for c in CODECS), *(("int4", c) for c in CODECS),
+                ("int4_rh", "n8_rh"), ("n8_rh", "bf16"), ("n4_rh", "int4_rh")})  # fmt: skip
 MASKINGS = ["plain", "window", "softcap", "sinks", "all"]
 TOLERANCE = {"exact": 2e-5, "fixed": 6e-4}
 """`exact`: float32 against float32. `fixed`: integer codes times 16-bit fixed point (avx512)."""
@@ -28,7 +27,7 @@ def masking(name: str, num_heads: int) -> dict:
 
 
 def tolerance(isa: str | None, *codecs: str) -> float:
-    fixed = isa == "avx512" and any(c.startswith("int") for c in codecs)
+    fixed = isa == "avx512" and any(c.startswith(("int", "n")) for c in codecs)
     return TOLERANCE["fixed" if fixed else "exact"]
 
 
@@ -79,7 +78,13 @@ def test_every_codec_pair_agrees_with_the_reference(isa, codecs):
 @pytest.mark.parametrize("group", [1, 3, 4, 8, 12])
 def test_every_head_dim_and_group_agrees_with_the_reference(isa, head_dim, group):
     backend = TORCH if isa == "torch" else native(isa)
-    for codecs in (("fp32", "fp32"), ("int8", "int8"), ("int4", "bf16")):
+    for codecs in (
+        ("fp32", "fp32"),
+        ("int8", "int8"),
+        ("int4", "bf16"),
+        ("n8_rh", "n8_rh"),
+        ("int4_rh", "fp8"),
+    ):
         case = make_case(CONTEXTS, k_codec=codecs[0], v_codec=codecs[1], group=group, head_dim=head_dim)
         rows = [1] * len(CONTEXTS)
         q = random_query(case, len(rows))

@@ -69,7 +69,7 @@ def test_a_config_of_the_users_own_is_planned(tmp_path: Path) -> None:
     [
         (["no-such-model"], "no-such-model"),
         (["qwen3-32b", "--kv-dtype", "int7"], "int7"),
-        (["qwen3-32b", "--kv-dtype", "fp8"], "fp8"),
+        (["qwen3-32b", "--kv-dtype", "nvfp4"], "nvfp4"),
         (["qwen3-32b", "--engine", "abacus"], "abacus"),
         (["qwen3-32b", "--context", "many"], "many"),
         (["qwen3-32b", "--block-size", "24"], "24"),

@@ -57,7 +57,9 @@ def test_a_block_is_its_codes_and_strips_padded_to_a_cache_line(k: str, v: str, 
     g = group(layers=1, heads=3, dim=dim)
     layout = packed_layout_of(g, k, v)
     tokens = 16 * 3 * (CODEC_STORAGE[k].head_bytes(dim) + CODEC_STORAGE[v].head_bytes(dim))
-    assert layout.v_strip_offset + layout.v_strip_bytes == tokens
+    in_arena = layout.v_strip_offset + layout.v_strip_bytes
+    assert in_arena + layout.k_low_bytes + layout.v_low_bytes == tokens
+    assert layout.k_low_bytes == (16 * 3 * dim // 2 if k == "n8_rh" else 0)
     assert 0 <= layout.block_bytes - tokens < 64
     assert layout.block_bytes % 64 == 0
 
@@ -74,7 +76,7 @@ def test_the_first_block_arena_is_16_bit_by_default() -> None:
     assert first_block_bytes(g, 32) == 2 * 32 * 2 * (64 + 64) * 2
 
 
-@pytest.mark.parametrize("bad", ["int3", "fp8", ""])
+@pytest.mark.parametrize("bad", ["int3", "nvfp4", ""])
 def test_a_codec_the_pool_cannot_store_is_a_usage_error(bad: str) -> None:
     with pytest.raises(UsageError, match="unknown KV codec"):
         group_block_bytes(group(), lambda _layer: (bad, "bf16"), 16)

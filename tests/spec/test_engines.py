@@ -170,7 +170,7 @@ def test_auto_stores_the_checkpoints_type_and_v32_in_fp8_on_vllm() -> None:
 @pytest.mark.parametrize(
     ("engine", "kv_dtype", "model"),
     [
-        ("kvtune", "fp8", "Llama-3.1-8B"),
+        ("kvtune", "nvfp4", "Llama-3.1-8B"),
         ("sglang", "int4", "Llama-3.1-8B"),
         ("vllm", "int8", "DeepSeek-V3"),
         ("vllm", "fp7", "Llama-3.1-8B"),

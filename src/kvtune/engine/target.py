@@ -76,7 +76,8 @@ class EngineTarget:
         return self._loaded
 
     def knobs(self) -> Sequence[Knob]:
-        smaller = tuple(name for name in CODECS if codec_storage(name).code_bits < 16)
+        # n4_rh is left to layers that a recipe reads at 4 bits: on its own it is int4_rh by another name
+        smaller = tuple(name for name in CODECS if codec_storage(name).code_bits < 16 and name != "n4_rh")
         codecs = (_BASELINE_CODEC, *sorted(smaller, key=lambda name: -codec_storage(name).code_bits))
         base_cache, base_scheduler = CacheConfig(), self._scheduler
         return (

@@ -103,7 +103,12 @@ def memory_report(manager: KVCacheManager, plan: ArenaPlan, arenas: Arenas) -> M
         idle += used.body.idle * body + used.first.idle * first
     return MemoryReport(
         allocated_bytes=sum(
-            arena.untyped_storage().nbytes() for cache in arenas.values() for arena, _, _ in cache.parts()
+            storage.untyped_storage().nbytes()
+            for cache in arenas.values()
+            for storage in (
+                *(arena for arena, _, _ in cache.parts()),
+                *(low.arena for low in cache.low_planes.values()),
+            )
         ),
         predicted_allocated_bytes=plan.total_bytes,
         referenced_bytes=referenced,
@@ -128,6 +133,8 @@ def _stored_bytes(group: KVGroup, arenas: Arenas, block_ids: set[int]) -> int:
         for arena, _, base in arenas[layer].parts():
             inside = [block - base for block in block_ids if base <= block < base + len(arena)]
             total += sum(arena[row].nbytes for row in inside)
+            for low in arenas[layer].low_planes.values() if base == 0 else ():
+                total += int(low.is_resident(inside).sum()) * low.plane_bytes
     return total
 
 
@@ -138,8 +145,8 @@ def _resident_bytes_by_codec(plan: ArenaPlan, arenas: Arenas, usage: Sequence[Gr
         counts = (used.body.total - used.body.free, used.first.total - used.first.free)
         for layer in group.layers:
             for (_, layout, _), count in zip(arenas[layer].parts(), counts, strict=False):
-                k = layout.k_codes_bytes + layout.k_strip_bytes
-                v = layout.v_codes_bytes + layout.v_strip_bytes
+                k = layout.k_codes_bytes + layout.k_strip_bytes + layout.k_low_bytes
+                v = layout.v_codes_bytes + layout.v_strip_bytes + layout.v_low_bytes
                 total[f"k:{layout.k_codec}"] += count * k
                 total[f"v:{layout.v_codec}"] += count * v
                 total["padding"] += count * (layout.block_bytes - k - v)

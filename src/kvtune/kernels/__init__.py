@@ -9,11 +9,13 @@ from kvtune.kernels.dispatch import (
     paged_attention,
     store_kv,
 )
+from kvtune.kernels.planes import LowPlanes
 
 __all__ = [
     "AttentionBatch",
     "Backend",
     "LayerCache",
+    "LowPlanes",
     "choose_backend",
     "copy_blocks",
     "gather_kv",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from kvtune.errors import UsageError
+from kvtune.kernels.planes import LowPlanes
 from kvtune.spec import PackedLayout
 
 __all__ = ["AttentionBatch", "LayerCache"]
@@ -16,14 +17,25 @@ __all__ = ["AttentionBatch", "LayerCache"]
 class LayerCache:
     """KV storage of one layer.
 
-    `arena`: uint8 [N, layout.block_bytes]. With `first_arena` (uint8 [F, first_layout.block_bytes]) block
+    `arena`: uint8 [N, layout.arena_bytes]. With `first_arena` (uint8 [F, first_layout.arena_bytes]) block
     ids N..N+F-1 live there: every sequence's block 0, kept in 16 bit. Both arenas must be contiguous.
+
+    `k_centre` float32 [h, Dk]: what rotated key codecs take from every key before rotating; softmax must not
+    see the difference, so reads add its share of the score back. Set before the first write, fixed after.
+
+    `k_low` and `v_low` (nested codecs alone): the low planes. `k_planes`, `v_planes`: how many planes reads
+    use, 2 or 1, between any two steps; a block without its low plane is always read from the high one.
     """
 
     arena: torch.Tensor
     layout: PackedLayout
     first_arena: torch.Tensor | None = None
     first_layout: PackedLayout | None = None
+    k_centre: torch.Tensor | None = None
+    k_low: LowPlanes | None = None
+    v_low: LowPlanes | None = None
+    k_planes: int = 2
+    v_planes: int = 2
 
     def __post_init__(self) -> None:
         _check_arena("arena", self.arena, self.layout)
@@ -36,6 +48,14 @@ class LayerCache:
                     f"first_layout must share the block geometry {_geometry(self.layout)} of layout, "
                     f"found {_geometry(self.first_layout)}"
                 )
+            if self.first_layout.k_low_bytes or self.first_layout.v_low_bytes:
+                raise UsageError(
+                    "the first arena has no low planes: choose a codec for it that is not nested"
+                )
+        if self.k_centre is not None:
+            _check_centre(self.k_centre, self.layout)
+        _check_planes("k_low", self.k_low, self.num_blocks, self.layout.k_low_bytes)
+        _check_planes("v_low", self.v_low, self.num_blocks, self.layout.v_low_bytes)
 
     @classmethod
     def allocate(
@@ -45,13 +65,16 @@ class LayerCache:
         *,
         first_layout: PackedLayout | None = None,
         num_first_blocks: int = 0,
+        k_centre: torch.Tensor | None = None,
     ) -> LayerCache:
-        """Zero-filled arenas on the CPU (64-byte aligned by torch's allocator)."""
-        arena = torch.zeros(num_blocks, layout.block_bytes, dtype=torch.uint8)
-        if first_layout is None:
-            return cls(arena, layout)
-        first = torch.zeros(num_first_blocks, first_layout.block_bytes, dtype=torch.uint8)
-        return cls(arena, layout, first, first_layout)
+        """Zero-filled arenas on the CPU (64-byte aligned by torch's allocator), low planes for all blocks."""
+        arena = torch.zeros(num_blocks, layout.arena_bytes, dtype=torch.uint8)
+        first = None
+        if first_layout is not None:
+            first = torch.zeros(num_first_blocks, first_layout.arena_bytes, dtype=torch.uint8)
+        k_low = LowPlanes(num_blocks, layout.k_low_bytes) if layout.k_low_bytes else None
+        v_low = LowPlanes(num_blocks, layout.v_low_bytes) if layout.v_low_bytes else None
+        return cls(arena, layout, first, first_layout, k_centre, k_low, v_low)
 
     @property
     def num_blocks(self) -> int:
@@ -64,9 +87,19 @@ class LayerCache:
 
     @property
     def nbytes(self) -> int:
-        """Allocated bytes of both arenas."""
+        """Allocated bytes of both arenas and the low planes."""
         first = 0 if self.first_arena is None else self.first_arena.numel()
-        return self.arena.numel() + first
+        return self.arena.numel() + first + sum(low.nbytes for low in self.low_planes.values())
+
+    @property
+    def low_planes(self) -> dict[str, LowPlanes]:
+        """The low planes there are, by side: "k", "v"."""
+        return {side: low for side, low in (("k", self.k_low), ("v", self.v_low)) if low is not None}
+
+    def read_planes(self, side: str) -> LowPlanes | None:
+        """The low planes reads of a side use; None where it has none or reads its high plane alone."""
+        low, planes = (self.k_low, self.k_planes) if side == "k" else (self.v_low, self.v_planes)
+        return low if planes > 1 else None
 
     def parts(self) -> list[tuple[torch.Tensor, PackedLayout, int]]:
         """(arena, layout, id of its first block) of the body and, if there is one, of the first arena."""
@@ -101,9 +134,29 @@ def _geometry(layout: PackedLayout) -> tuple[int, int, int, int]:
 
 
 def _check_arena(name: str, arena: torch.Tensor, layout: PackedLayout) -> None:
-    expected = (arena.shape[0] if arena.dim() else 0, layout.block_bytes)
+    expected = (arena.shape[0] if arena.dim() else 0, layout.arena_bytes)
     if arena.dtype != torch.uint8 or tuple(arena.shape) != expected or not arena.is_contiguous():
         raise UsageError(
-            f"{name} must be contiguous uint8 [N, {layout.block_bytes}], "
+            f"{name} must be contiguous uint8 [N, {layout.arena_bytes}], "
             f"found {arena.dtype} {list(arena.shape)}"
+        )
+
+
+def _check_centre(centre: torch.Tensor, layout: PackedLayout) -> None:
+    expected = (layout.num_kv_heads, layout.k_head_dim)
+    is_plain = centre.dtype == torch.float32 and tuple(centre.shape) == expected and centre.is_contiguous()
+    if not is_plain or not bool(centre.isfinite().all()):
+        raise UsageError(
+            f"k_centre must be contiguous finite float32 {list(expected)}, "
+            f"found {centre.dtype} {list(centre.shape)}"
+        )
+
+
+def _check_planes(name: str, low: LowPlanes | None, num_blocks: int, plane_bytes: int) -> None:
+    found = (0, 0) if low is None else (low.num_blocks, low.plane_bytes)
+    expected = (num_blocks, plane_bytes) if plane_bytes else (0, 0)
+    if found != expected:
+        raise UsageError(
+            f"{name} must hold planes of {expected[1]} bytes for {expected[0]} blocks, "
+            f"found {found[1]} bytes for {found[0]}"
         )

@@ -81,7 +81,10 @@ def paged_attention(
     head without a value (GPT-OSS). UsageError if the head counts, dims or lengths do not fit the cache.
 
     All backends compute in float32 except: torch multiplies in q.dtype, and native on avx512 takes q and the
-    softmax weights as 16-bit fixed point against int8 and int4 codes (128 times finer than int8 itself).
+    softmax weights as 16-bit fixed point against integer codes (128 times finer than int8 itself).
+    Native also leaves rotated keys and values rotated: it rotates q once and the output back, and adds the
+    score of the keys' centre to every score, so sinks, soft-caps and a first block of another codec see
+    the scores of the keys themselves.
     Native serves prefill chunks too: gather plus torch's own attention was measured at 0.5 to 1.0 of its
     speed for 64 and 512 rows, and with one kernel a row's bits do not depend on how a prompt was chunked.
     """
@@ -116,11 +119,12 @@ def store_kv(
     for arena, layout, base in cache.parts():
         rows = ((slots >= 0) & (block >= base) & (block < base + arena.shape[0])).nonzero().squeeze(1)
         if rows.numel():
-            encoded_k = encode_values(layout.k_codec, k[rows])
+            encoded_k = encode_values(layout.k_codec, k[rows], cache.k_centre)
             encoded_v = encode_values(layout.v_codec, v[rows])
             store_codes(
-                arena, layout, k=encoded_k, v=encoded_v, block=block[rows] - base, offset=offset[rows]
-            )
+                arena, layout, k=encoded_k, v=encoded_v, block=block[rows] - base, offset=offset[rows],
+                low=cache.low_planes if base == 0 else {},
+            )  # fmt: skip
 
 
 def gather_kv(
@@ -157,6 +161,8 @@ def copy_blocks(cache: LayerCache, src: list[int] | torch.Tensor, dst: list[int]
         stop = base + arena.shape[0]
         rows = (sources >= base) & (sources < stop) & (targets >= base) & (targets < stop)
         arena[targets[rows] - base] = arena[sources[rows] - base]
+        for low in cache.low_planes.values() if base == 0 else ():
+            low.copy(sources[rows], targets[rows])
         copied += int(rows.sum())
     if copied != len(sources):
         raise UsageError("copy_blocks: a block id is out of range, or a pair spans the body and first arenas")

@@ -14,14 +14,17 @@ import torch
 
 from kvtune.errors import HostError, InvariantError, UsageError
 from kvtune.kernels.batch import AttentionBatch, LayerCache
+from kvtune.kernels.planes import LowPlanes
 from kvtune.kernels.reference import Masking
 from kvtune.spec import PackedLayout
 
 __all__ = ["MAX_HEAD_DIM", "NativeLibrary", "library_path"]
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 MAX_HEAD_DIM = 512
-CODEC_NUMBERS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3, "int4": 4}
+CODEC_NUMBERS = {
+    "fp32": 0, "bf16": 1, "fp16": 2, "int8": 3, "int4": 4, "fp8": 5, "int4_rh": 6, "n8_rh": 7, "n4_rh": 8,
+}  # fmt: skip
 STATUS = {1: "a block id is outside the arenas", 2: "an argument was refused", 3: "out of memory"}
 
 
@@ -31,6 +34,11 @@ class _Side(ctypes.Structure):
         ("head_dim", c_int32),
         ("codes_offset", c_int64),
         ("strip_offset", c_int64),
+        ("centre", c_void_p),
+        ("low", c_void_p),
+        ("low_bytes", c_int64),
+        ("low_row", c_void_p),
+        ("num_low_rows", c_int64),
     )
 
 
@@ -127,7 +135,7 @@ class NativeLibrary:
     def write(self, cache: LayerCache, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
         """Encode and store; see kvtune.kernels.store_kv. Slots were checked by the caller."""
         k, v, slots = _floats(k), _floats(v), slots.to(torch.int64).contiguous()
-        record = _cache_record(cache)
+        record = _cache_record(cache, cache.k_low, cache.v_low)
         args = _Write(
             ctypes.pointer(record),
             k.data_ptr(),
@@ -156,7 +164,7 @@ class NativeLibrary:
             x.to(torch.int32).contiguous() for x in (batch.query_start, batch.context_len, batch.block_table)
         )
         sinks = None if masking.sinks is None else _floats(masking.sinks)
-        record = _cache_record(cache)
+        record = _cache_record(cache, cache.read_planes("k"), cache.read_planes("v"))
         args = _Attention(
             ctypes.pointer(record),
             q.data_ptr(),
@@ -185,7 +193,7 @@ class NativeLibrary:
         layout, ids = cache.layout, block_ids.to(torch.int32).contiguous()
         k = torch.empty(num_tokens, layout.num_kv_heads, layout.k_head_dim)
         v = torch.empty(num_tokens, layout.num_kv_heads, layout.v_head_dim)
-        record = _cache_record(cache)
+        record = _cache_record(cache, cache.read_planes("k"), cache.read_planes("v"))
         args = _Gather(
             ctypes.pointer(record),
             ids.data_ptr(),
@@ -207,15 +215,24 @@ def _floats(x: torch.Tensor) -> torch.Tensor:
     return x.detach().to(torch.float32).contiguous()
 
 
-def _arena_record(arena: torch.Tensor, layout: PackedLayout) -> _Arena:
-    k = _Side(CODEC_NUMBERS[layout.k_codec], layout.k_head_dim, 0, layout.k_strip_offset)
+def _arena_record(arena: torch.Tensor, layout: PackedLayout, centre: torch.Tensor | None) -> _Arena:
+    centre_at = None if centre is None else centre.data_ptr()
+    k = _Side(CODEC_NUMBERS[layout.k_codec], layout.k_head_dim, 0, layout.k_strip_offset, centre_at)
     v = _Side(CODEC_NUMBERS[layout.v_codec], layout.v_head_dim, layout.v_codes_offset, layout.v_strip_offset)
-    return _Arena(arena.data_ptr(), arena.shape[0], layout.block_bytes, k, v)
+    return _Arena(arena.data_ptr(), arena.shape[0], layout.arena_bytes, k, v)
 
 
-def _cache_record(cache: LayerCache) -> _Cache:
+def _set_planes(side: _Side, low: LowPlanes | None) -> None:
+    if low is not None:
+        side.low, side.low_bytes = low.arena.data_ptr(), low.plane_bytes
+        side.low_row, side.num_low_rows = low.row_of.data_ptr(), low.num_rows
+
+
+def _cache_record(cache: LayerCache, k_low: LowPlanes | None, v_low: LowPlanes | None) -> _Cache:
     first = _Arena()
     if cache.first_arena is not None and cache.first_layout is not None:
-        first = _arena_record(cache.first_arena, cache.first_layout)
-    body = _arena_record(cache.arena, cache.layout)
+        first = _arena_record(cache.first_arena, cache.first_layout, cache.k_centre)
+    body = _arena_record(cache.arena, cache.layout, cache.k_centre)
+    _set_planes(body.k, k_low)
+    _set_planes(body.v, v_low)
     return _Cache(cache.layout.block_size, cache.layout.num_kv_heads, body, first)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from kvtune.kernels.batch import AttentionBatch, LayerCache
-from kvtune.kernels.packing import decode_blocks
+from kvtune.kernels.packing import LowRows, decode_blocks
 
 __all__ = ["KEY_TILE", "ROW_BLOCK", "gather_blocks", "gather_tokens", "paged_attention"]
 
@@ -50,11 +50,24 @@ def gather_blocks(
         inside = (block_ids >= base) & (block_ids < base + arena.shape[0])
         rows = inside.nonzero().squeeze(1)
         if rows.numel():
-            part_k, part_v = decode_blocks(arena[block_ids[rows].long() - base], part_layout, dtype)
+            ids = block_ids[rows].long() - base
+            low = {side: _low_rows(cache, side, ids) for side in ("k", "v")} if base == 0 else {}
+            part_k, part_v = decode_blocks(arena[ids], part_layout, dtype, k_centre=cache.k_centre, low=low)
             if rows.numel() == m:
                 return part_k, part_v
             k[rows], v[rows] = part_k, part_v
     return k, v
+
+
+def _low_rows(cache: LayerCache, side: str, ids: torch.Tensor) -> LowRows | None:
+    """The low planes that reads of these body blocks use: rows and which of them count; None for none."""
+    low = cache.read_planes(side)
+    if low is None:
+        return None
+    rows = low.row_of[ids].long()
+    if not low.num_rows:
+        return None
+    return low.arena[rows.clamp(min=0)], rows >= 0
 
 
 def gather_tokens(

@@ -49,6 +49,10 @@ _FORMATS: Final[Mapping[str, Mapping[str, KVFormat]]] = {
         "int8": KVFormat.of("int8"),
         "int4": KVFormat.of("int4"),
         "k8v4": KVFormat.of("int8", "int4"),
+        "fp8": KVFormat.of("fp8"),
+        "int4_rh": KVFormat.of("int4_rh"),
+        "n8_rh": KVFormat.of("n8_rh"),
+        "n4_rh": KVFormat.of("n4_rh"),
     },
     "vllm": {
         **_WIDE,

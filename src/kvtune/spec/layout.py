@@ -37,7 +37,8 @@ class CodecStorage:
 
     `scale_group`: that many consecutive elements share one more scale of `scale_bytes` (NVFP4: 16 and 1);
     0 means none. `rope_bits`: an MLA latent's RoPE part is kept at this width (DeepSeek's fp8_ds_mla: 16);
-    0 means like the rest.
+    0 means like the rest. `low_bits` of `code_bits` lie in a plane of their own, which can be dropped.
+    `is_rotated`: the vector is centred (keys) and rotated by Hadamard blocks before it is quantised.
     """
 
     name: str
@@ -46,6 +47,8 @@ class CodecStorage:
     scale_group: int = 0
     scale_bytes: int = 1
     rope_bits: int = 0
+    low_bits: int = 0
+    is_rotated: bool = False
 
     def bits_per_element(self, head_dim: int) -> float:
         return 8 * self.head_bytes(head_dim) / head_dim
@@ -70,6 +73,10 @@ CODEC_STORAGE = {
         CodecStorage("fp16", 16, 0),
         CodecStorage("int8", 8, 1),  # symmetric: scale
         CodecStorage("int4", 4, 2),  # asymmetric: scale, minimum
+        CodecStorage("fp8", 8, 1),  # e4m3: scale
+        CodecStorage("int4_rh", 4, 2, is_rotated=True),
+        CodecStorage("n8_rh", 8, 2, low_bits=4, is_rotated=True),  # two nibble planes
+        CodecStorage("n4_rh", 4, 2, is_rotated=True),  # the high plane of n8_rh alone
     )
 }
 
@@ -98,6 +105,8 @@ class PackedLayout:
     product needs no horizontal sum, and the words are the B operand of VNNI (dpbusd, dpbf16ps) and of AMX.
     int4: the low nibbles of the word's 4 bytes are elements 0-3, the high nibbles elements 4-7.
     int8 is stored as unsigned with offset 128. (Layout: our micro-benchmarks of row-major against tiles.)
+    n8_rh has its high nibbles here, packed like int4, and its low nibbles packed the same way in a separate
+    region: one row of `k_low_bytes` or `v_low_bytes` per block that has its low plane.
     B must be a multiple of 16 and d of 8.
     """
 
@@ -120,7 +129,11 @@ class PackedLayout:
         codec_storage(self.v_codec)
 
     def _code_bytes(self, codec: str, dim: int) -> int:
-        return self.num_kv_heads * self.block_size * dim * codec_storage(codec).code_bits // 8
+        storage = codec_storage(codec)
+        return self.num_kv_heads * self.block_size * dim * (storage.code_bits - storage.low_bits) // 8
+
+    def _low_bytes(self, codec: str, dim: int) -> int:
+        return self.num_kv_heads * self.block_size * dim * codec_storage(codec).low_bits // 8
 
     def _strip_bytes(self, codec: str) -> int:
         return self.num_kv_heads * self.block_size * codec_storage(codec).strip_values * 2
@@ -154,10 +167,24 @@ class PackedLayout:
         return self._strip_bytes(self.v_codec)
 
     @property
-    def block_bytes(self) -> int:
-        """Bytes one block takes in the arena, scales and padding included."""
+    def arena_bytes(self) -> int:
+        """Bytes of one block's row of the arena: all but low planes, padding included."""
         end = self.v_strip_offset + self.v_strip_bytes
         return -(-end // BLOCK_ALIGN) * BLOCK_ALIGN
+
+    @property
+    def k_low_bytes(self) -> int:
+        """Bytes of the low plane of one block's keys; 0 for codecs that are not nested."""
+        return self._low_bytes(self.k_codec, self.k_head_dim)
+
+    @property
+    def v_low_bytes(self) -> int:
+        return self._low_bytes(self.v_codec, self.v_head_dim)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes one block takes with all its planes, scales and padding included."""
+        return self.arena_bytes + self.k_low_bytes + self.v_low_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

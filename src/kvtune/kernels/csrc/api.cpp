@@ -135,7 +135,7 @@ int run_splits(const AttentionTable& table, const KvAttention& a, const std::vec
 
 bool valid(const KvCache* c) {
   const auto side = [](const KvSide& s) {
-    return s.codec >= KV_FP32 && s.codec <= KV_INT4 && s.head_dim > 0 && s.head_dim % 8 == 0 &&
+    return s.codec >= KV_FP32 && s.codec <= KV_N4_RH && (s.low == nullptr || s.low_row != nullptr) && s.head_dim > 0 && s.head_dim % 8 == 0 &&
            s.head_dim <= MAX_DIM;
   };
   return c != nullptr && c->block_size > 0 && c->block_size % GROUP == 0 && c->num_kv_heads > 0 &&
@@ -186,7 +186,7 @@ template <class F> int guarded(F&& body) {
 
 #define KV_EXPORT extern "C" __attribute__((visibility("default")))
 
-KV_EXPORT int32_t kvtune_abi_version() { return 2; }
+KV_EXPORT int32_t kvtune_abi_version() { return 3; }
 
 // Index of an instruction set by name, or of the best one for "auto"; -1 if this machine or build lacks it.
 KV_EXPORT int32_t kvtune_find_isa(const char* name) {

@@ -3,6 +3,10 @@
 // Loop nest: keys in tiles of 64 at fixed absolute positions; per tile the scores of up to 8 query rows that
 // share a KV head (so K and V are read once for all of them), an online softmax step, then the values.
 // A row's sums run in one fixed order whatever rows are computed beside it.
+//
+// Keys and values of rotated codecs stay rotated: the query is rotated once, the sum of values once per split.
+// Encoding took a centre from each of their keys; a row gets its score q . centre back, so that sinks, soft-caps
+// and neighbours that are not centred see what they would have seen.
 
 // ---- online softmax ---------------------------------------------------------------------------------------
 
@@ -36,6 +40,8 @@ KV_INLINE bool has_nan(const float* x, int count) {
   return false;
 }
 
+KV_INLINE float* values_of(Work& work, int basis) { return basis == ROTATED ? work.rotated_acc : work.split.acc; }
+
 // One row's scores of groups [at, at + count) of the tile at `tile_key` -> weights; updates maximum and total.
 KV_INLINE void softmax_row(const KvAttention& a, Work& work, int r, int dim, int tile_key, int at, int count) {
   float* scores = work.scores + r * TILE + at * GROUP;
@@ -57,13 +63,16 @@ KV_INLINE void softmax_row(const KvAttention& a, Work& work, int r, int dim, int
     store(weights + c, w);
     sum += w;
   }
-  float *total = work.total_lanes + r * GROUP, *shift = work.shift_lanes + r * GROUP;
+  float* total = work.total_lanes + r * GROUP;
   if (new_max != old_max) {
     const float keep = exp_of(old_max - new_max);
     store(total, load<VF>(total) * keep);
-    store(shift, load<VF>(shift) * keep);
-    float* acc = work.split.acc + r * MAX_DIM;
-    for (int d = 0; d < dim; d++) acc[d] *= keep;
+    for (int basis = 0; basis < NUM_BASES; basis++) {
+      if (!work.has_values[basis]) continue;
+      float *shift = work.shift_lanes[basis] + r * GROUP, *acc = values_of(work, basis) + r * MAX_DIM;
+      store(shift, load<VF>(shift) * keep);
+      for (int d = 0; d < dim; d++) acc[d] *= keep;
+    }
   }
   work.split.maximum[r] = new_max;
   store(total, load<VF>(total) + sum);
@@ -71,8 +80,8 @@ KV_INLINE void softmax_row(const KvAttention& a, Work& work, int r, int dim, int
 
 // A float V group that ends past the context: copy it with the unwritten tokens (anything, NaN too) as 0.
 KV_INLINE void clear_tail(TokenGroup& group, int valid, int dim, Work& work) {
-  if (is_integer(group.v_codec)) return;
-  const int E = elements_per_word(group.v_codec), size = 4 / E;
+  if (has_scale(group.v_form)) return;  // codes are always finite, and a strip counts only with its weight
+  const int E = elements_per_word(group.v_form), size = 4 / E;
   __builtin_memcpy(work.v_tail, group.v, static_cast<std::size_t>(GROUP / E) * dim * 4);
   for (int t = valid; t < GROUP; t++)
     for (int d = 0; d < dim; d++)
@@ -108,18 +117,30 @@ static int attend_tile(const KvAttention& a, const Task& task, int tile_key, int
     clear_tail(groups[stop - 1], context_len - tile_key - (stop - 1) * GROUP, Dv, work);
   for (int g = at; g < stop;) {
     int n = 1;
-    while (g + n < stop && groups[g + n].k_codec == groups[g].k_codec) n++;
-    score_kernels[groups[g].k_codec][task.num_rows - 1](groups, g, n, B, Dk, a.scale, work);
+    while (g + n < stop && groups[g + n].k_form == groups[g].k_form && groups[g + n].k_basis == groups[g].k_basis) n++;
+    score_kernels[form_index(groups[g].k_form)][task.num_rows - 1](groups, g, n, B, Dk, a.scale,
+                                                                   work.query[groups[g].k_basis], work.scores);
     g += n;
   }
   for (int r = 0; r < task.num_rows; r++) softmax_row(a, work, r, Dv, tile_key, at, stop - at);
   for (int g = at; g < stop;) {
     int n = 1;
-    while (g + n < stop && groups[g + n].v_codec == groups[g].v_codec) n++;
-    value_kernels[groups[g].v_codec][task.num_rows - 1](groups, g, n, B, Dv, work, work.split.acc);
+    while (g + n < stop && groups[g + n].v_form == groups[g].v_form && groups[g + n].v_basis == groups[g].v_basis) n++;
+    const int basis = groups[g].v_basis;
+    value_kernels[form_index(groups[g].v_form)][task.num_rows - 1](groups, g, n, B, Dv, work, work.shift_lanes[basis],
+                                                                   values_of(work, basis));
     g += n;
   }
   return KV_OK;
+}
+
+// The rotated values of one row, back in the model's basis, join the others.
+static void add_rotated(Work& work, int r, int dim) {
+  float* rotated = work.rotated_acc + r * MAX_DIM;
+  const float shift = horizontal_sum(load<VF>(work.shift_lanes[ROTATED] + r * GROUP));
+  for (int d = 0; d < dim; d++) rotated[d] += shift;
+  rotate(rotated, dim);
+  for (int d = 0; d < dim; d++) work.split.acc[r * MAX_DIM + d] += rotated[d];
 }
 
 static int attend_split(const KvAttention& a, const Task& task, int split, Work& work) {
@@ -127,8 +148,11 @@ static int attend_split(const KvAttention& a, const Task& task, int split, Work&
   const int Dv = a.cache->body.v.head_dim;
   for (int r = 0; r < task.num_rows; r++) {
     part.maximum[r] = -__builtin_inff();
-    for (int d = 0; d < Dv; d++) part.acc[r * MAX_DIM + d] = 0.0f;
-    for (int i = 0; i < GROUP; i++) work.total_lanes[r * GROUP + i] = work.shift_lanes[r * GROUP + i] = 0.0f;
+    for (int d = 0; d < Dv; d++) part.acc[r * MAX_DIM + d] = work.rotated_acc[r * MAX_DIM + d] = 0.0f;
+    for (int i = 0; i < GROUP; i++) {
+      work.total_lanes[r * GROUP + i] = 0.0f;
+      work.shift_lanes[PLAIN][r * GROUP + i] = work.shift_lanes[ROTATED][r * GROUP + i] = 0.0f;
+    }
   }
   int low = split * SPLIT, high = min_of(low + SPLIT, work.position[task.num_rows - 1] + 1);
   if (a.window > 0) low = max_of(low, work.position[0] - a.window + 1);
@@ -138,45 +162,74 @@ static int attend_split(const KvAttention& a, const Task& task, int split, Work&
   }
   for (int r = 0; r < task.num_rows; r++) {
     part.total[r] = horizontal_sum(load<VF>(work.total_lanes + r * GROUP));
-    const float shift = horizontal_sum(load<VF>(work.shift_lanes + r * GROUP));
+    const float shift = horizontal_sum(load<VF>(work.shift_lanes[PLAIN] + r * GROUP));
     for (int d = 0; d < Dv; d++) part.acc[r * MAX_DIM + d] += shift;
+    if (work.has_values[ROTATED]) add_rotated(work, r, Dv);
   }
   return KV_OK;
 }
 
 // ---- queries in, results out --------------------------------------------------------------------------------
 
+// Row r of `query.q` -> 16-bit fixed point and its sums.
+static void quantise_query(Query& query, int r, int dim) {
+  const float* q = query.q + r * MAX_DIM;
+  int8_t *high = query.high + r * MAX_DIM, *low = query.low + r * MAX_DIM;
+  float top = 0.0f, sum = 0.0f;
+  for (int d = 0; d < dim; d++) {
+    top = max_of(top, __builtin_fabsf(q[d]));
+    sum += q[d];
+  }
+  query.sum[r] = sum;
+  // sum - sum is NaN for a query that is not finite: its scores must not look valid.
+  query.step[r] = top * (1.0f / 32512.0f) + (sum - sum);
+  const float inverse = top > 0.0f ? 32512.0f / top : 0.0f;
+  query.bytes_sum[r] = 0;
+  if (!(top < __builtin_inff()) || sum != sum) {
+    __builtin_memset(high, 0, dim);
+    __builtin_memset(low, 0, dim);
+    return;
+  }
+  for (int d = 0; d < dim; d++) {
+    const int x = static_cast<int>(__builtin_rintf(q[d] * inverse));
+    high[d] = static_cast<int8_t>((x + 128) >> 8);
+    low[d] = static_cast<int8_t>(x - high[d] * 256);
+    query.bytes_sum[r] += x;
+  }
+}
+
+// Which bases a side's blocks are in; the centre of those that are rotated (the body's where both arenas are).
+KV_INLINE const float* find_bases(const KvCache& cache, const KvSide KvArena::*side, bool (&found)[NUM_BASES]) {
+  const KvSide &body = cache.body.*side, &first = cache.first.*side;
+  const bool has_first = cache.first.num_blocks > 0;
+  found[ROTATED] = is_rotated(body.codec) || (has_first && is_rotated(first.codec));
+  found[PLAIN] = !is_rotated(body.codec) || (has_first && !is_rotated(first.codec));
+  return is_rotated(body.codec) ? body.centre : first.centre;
+}
+
 static void load_queries(const KvAttention& a, const Task& task, Work& work) {
   const KvCache& cache = *a.cache;
   const int Dk = cache.body.k.head_dim, H = a.num_heads, G = H / cache.num_kv_heads;
   const int start = a.query_start[task.seq], rows = a.query_start[task.seq + 1] - start;
+  bool has_keys[NUM_BASES];
+  find_bases(cache, &KvArena::v, work.has_values);
+  const float* centre = find_bases(cache, &KvArena::k, has_keys);
+  if (centre != nullptr) centre += static_cast<int64_t>(task.kv_head) * Dk;
   for (int r = 0; r < task.num_rows; r++) {
     const int row = (task.first_row + r) / G, head = task.kv_head * G + (task.first_row + r) % G;
     work.position[r] = a.context_len[task.seq] - rows + row;
     const float* source = a.q + (static_cast<int64_t>(start + row) * H + head) * Dk;
-    float* q = work.q + r * MAX_DIM;
-    float top = 0.0f, sum = 0.0f;
-    for (int d = 0; d < Dk; d++) {
-      q[d] = source[d];
-      top = max_of(top, __builtin_fabsf(q[d]));
-      sum += q[d];
-    }
-    work.q_sum[r] = sum;
-    // sum - sum is NaN for a query that is not finite: its scores must not look valid.
-    work.q_step[r] = top * (1.0f / 32512.0f) + (sum - sum);
-    const float inverse = top > 0.0f ? 32512.0f / top : 0.0f;
-    work.q_bytes_sum[r] = 0;
-    if (!(top < __builtin_inff()) || sum != sum) {
-      __builtin_memset(work.q_high + r * MAX_DIM, 0, Dk);
-      __builtin_memset(work.q_low + r * MAX_DIM, 0, Dk);
-      continue;
-    }
-    for (int d = 0; d < Dk; d++) {
-      const int x = static_cast<int>(__builtin_rintf(q[d] * inverse));
-      const int high = (x + 128) >> 8, low = x - high * 256;
-      work.q_high[r * MAX_DIM + d] = static_cast<int8_t>(high);
-      work.q_low[r * MAX_DIM + d] = static_cast<int8_t>(low);
-      work.q_bytes_sum[r] += x;
+    for (int basis = 0; basis < NUM_BASES; basis++) {
+      if (!has_keys[basis]) continue;
+      Query& query = work.query[basis];
+      float* q = query.q + r * MAX_DIM;
+      for (int d = 0; d < Dk; d++) q[d] = source[d];
+      if (basis == ROTATED) rotate(q, Dk);
+      float score = 0.0f;
+      if (basis == ROTATED && centre != nullptr)
+        for (int d = 0; d < Dk; d++) score += source[d] * centre[d];
+      query.centre[r] = score * a.scale;
+      quantise_query(query, r, Dk);
     }
   }
 }

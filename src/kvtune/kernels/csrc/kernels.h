@@ -9,7 +9,9 @@
 extern "C" {
 
 // Order is part of the ABI: native.py numbers codecs the same way.
-enum KvCodec : int32_t { KV_FP32 = 0, KV_BF16 = 1, KV_FP16 = 2, KV_INT8 = 3, KV_INT4 = 4 };
+enum KvCodec : int32_t {
+  KV_FP32 = 0, KV_BF16 = 1, KV_FP16 = 2, KV_INT8 = 3, KV_INT4 = 4, KV_FP8 = 5, KV_INT4_RH = 6, KV_N8_RH = 7, KV_N4_RH = 8
+};
 
 enum KvStatus : int32_t { KV_OK = 0, KV_BAD_BLOCK = 1, KV_BAD_ARGUMENT = 2, KV_NO_MEMORY = 3 };
 
@@ -19,6 +21,11 @@ struct KvSide {
   int32_t head_dim;
   int64_t codes_offset;
   int64_t strip_offset;
+  const float* centre;     // [h, head_dim] subtracted before rotating, or null (rotated codecs alone)
+  uint8_t* low;            // rows of low planes (KV_N8_RH), or null: read the high plane alone
+  int64_t low_bytes;       // of one row
+  const int32_t* low_row;  // block -> row, -1 where the plane was dropped
+  int64_t num_low_rows;
 };
 
 struct KvArena {
@@ -101,21 +108,32 @@ struct Partial {
   alignas(64) float acc[MAX_ROWS * MAX_DIM];
 };
 
+// Keys and values lie in the model's own basis, or rotated by Hadamard blocks.
+enum Basis { PLAIN = 0, ROTATED = 1, NUM_BASES = 2 };
+
+// The query rows of a task in one basis, in float and in 16-bit fixed point (256 x high + low) x step.
+struct Query {
+  alignas(64) float q[MAX_ROWS * MAX_DIM];
+  alignas(64) int8_t high[MAX_ROWS * MAX_DIM];
+  alignas(64) int8_t low[MAX_ROWS * MAX_DIM];
+  int32_t bytes_sum[MAX_ROWS];  // sum of 256 x high + low
+  float step[MAX_ROWS];
+  float sum[MAX_ROWS];
+  float centre[MAX_ROWS];  // score of the centre that encoding took from every key
+};
+
 // Scratch of one thread.
 struct Work {
-  alignas(64) float q[MAX_ROWS * MAX_DIM];
-  alignas(64) int8_t q_high[MAX_ROWS * MAX_DIM];
-  alignas(64) int8_t q_low[MAX_ROWS * MAX_DIM];
+  Query query[NUM_BASES];  // those the cache has keys in
   alignas(64) float scores[MAX_ROWS * TILE];
   alignas(64) float weights[MAX_ROWS * TILE];
   alignas(64) int8_t w_high[MAX_ROWS * TILE];
   alignas(64) int8_t w_low[MAX_ROWS * TILE];
   alignas(64) uint8_t v_tail[GROUP * MAX_DIM * 4];
   alignas(64) float total_lanes[MAX_ROWS * GROUP];  // the softmax sum, lane by lane until the split ends
-  alignas(64) float shift_lanes[MAX_ROWS * GROUP];  // int4: sum of weight x minimum of V, the same way
-  int32_t q_bytes_sum[MAX_ROWS];                    // sum of 256 x high + low
-  float q_step[MAX_ROWS];
-  float q_sum[MAX_ROWS];
+  alignas(64) float shift_lanes[NUM_BASES][MAX_ROWS * GROUP];  // sum of weight x offset of V, the same way
+  alignas(64) float rotated_acc[MAX_ROWS * MAX_DIM];           // of values in the rotated basis, until the split ends
+  bool has_values[NUM_BASES];
   int32_t position[MAX_ROWS];
   Partial split;
   Partial running;

@@ -120,40 +120,97 @@ KV_INLINE VF exp_of(VF x) {
 
 KV_INLINE float exp_of(float x) { return exp_of(splat(x))[0]; }
 
-// Elements of a 4-byte word: how many, and element J of each lane as float. int8 and int4 without scale.
+// ---- forms: how the codes of a group are read --------------------------------------------------------------
+//
+// A form is the KvCodec whose codes look the same: KV_INT4 for KV_INT4_RH too, and KV_N4_RH for KV_N8_RH whose
+// low plane is not there. Value of a code c: step x (c - offset_of_codes) + base, both from the strip.
+//
+// The offset centres codes. Fixed-point products need it: the rounding of weights times a code's mean would be an
+// error common to all dims, which the rotation gathers in one of them.
+
+constexpr int NUM_FORMS = 8;
+KV_INLINE int form_index(int form) { return form < KV_INT4_RH ? form : form - 1; }
+KV_INLINE int form_of(int codec, bool has_low) {
+  return codec == KV_INT4_RH ? KV_INT4 : codec == KV_N8_RH && !has_low ? KV_N4_RH : codec;
+}
+constexpr bool has_scale(int codec) { return codec >= KV_INT8; }
+constexpr bool has_base(int codec) { return codec >= KV_INT8 && codec != KV_INT8 && codec != KV_FP8; }
+constexpr bool is_integer(int form) { return form >= KV_INT8 && form != KV_FP8; }
+constexpr bool is_rotated(int codec) { return codec >= KV_INT4_RH; }
+
+template <int FORM, class T> KV_INLINE T step_of(T scale) { return FORM == KV_N4_RH ? scale * 16.0f : scale; }
+#ifdef KV_VNNI
+constexpr int NIBBLE_OFFSET = 8;
+#else
+constexpr int NIBBLE_OFFSET = 0;
+#endif
+constexpr int offset_of_codes(int form) {
+  return form == KV_INT8 || form == KV_N8_RH ? 128 : form == KV_INT4 || form == KV_N4_RH ? NIBBLE_OFFSET : 0;
+}
+template <int FORM, class T> KV_INLINE T base_of(T scale, T minimum) {
+  constexpr float middle = FORM == KV_N4_RH ? 7.5f : 0.0f;
+  constexpr float offset = static_cast<float>(offset_of_codes(FORM)) * (FORM == KV_N4_RH ? 16.0f : 1.0f);
+  return offset + middle == 0.0f ? minimum : minimum + scale * (offset + middle);
+}
+
+// Elements of a 4-byte word: how many, and element J of each lane as float, without scale. `l`: the word of the
+// low plane, where there is one.
 template <int CODEC> struct Elements;
 template <> struct Elements<KV_FP32> {
   static constexpr int count = 1;
-  template <int J> static inline __attribute__((always_inline)) VF get(VU w) { return as_float(w); }
+  template <int J> static inline __attribute__((always_inline)) VF get(VU w, VU) { return as_float(w); }
 };
 template <> struct Elements<KV_BF16> {
   static constexpr int count = 2;
-  template <int J> static inline __attribute__((always_inline)) VF get(VU w) {
+  template <int J> static inline __attribute__((always_inline)) VF get(VU w, VU) {
     return as_float(J == 0 ? w << 16 : w & 0xffff0000u);
   }
 };
 template <> struct Elements<KV_FP16> {
   static constexpr int count = 2;
-  template <int J> static inline __attribute__((always_inline)) VF get(VU w) {
+  template <int J> static inline __attribute__((always_inline)) VF get(VU w, VU) {
     return half_to_float(J == 0 ? w & 0xffffu : w >> 16);
   }
 };
 template <> struct Elements<KV_INT8> {
   static constexpr int count = 4;
-  template <int J> static inline __attribute__((always_inline)) VF get(VU w) {
+  template <int J> static inline __attribute__((always_inline)) VF get(VU w, VU) {
     return to_float((VI)((w ^ 0x80808080u) << (24 - 8 * J)) >> 24);
+  }
+};
+template <> struct Elements<KV_FP8> {  // e4m3: the exponent and 3 bits of mantissa moved into place
+  static constexpr int count = 4;
+  template <int J> static inline __attribute__((always_inline)) VF get(VU w, VU) {
+    const VU code = w << (24 - 8 * J);
+    return (VF)((code & 0x80000000u) | ((code & 0x7f000000u) >> 4)) * 0x1p120f;
   }
 };
 template <> struct Elements<KV_INT4> {
   static constexpr int count = 8;
-  template <int J> static inline __attribute__((always_inline)) VF get(VU w) {
-    return to_float((VI)((w >> (8 * (J % 4) + 4 * (J / 4))) & 15u));
+  template <int J> static inline __attribute__((always_inline)) VF get(VU w, VU) {
+    return to_float((VI)((w >> (8 * (J % 4) + 4 * (J / 4))) & 15u) - NIBBLE_OFFSET);
+  }
+};
+template <> struct Elements<KV_N4_RH> : Elements<KV_INT4> {};
+template <> struct Elements<KV_N8_RH> {
+  static constexpr int count = 8;
+  template <int J> static inline __attribute__((always_inline)) VF get(VU w, VU l) {
+    constexpr int shift = 8 * (J % 4) + 4 * (J / 4);
+    return to_float((VI)(((w >> shift) & 15u) * 16u + ((l >> shift) & 15u)) - 128);
   }
 };
 
-// Element j of a word at p, one at a time (dims that do not fill a vector, gather).
-KV_INLINE float element_at(int codec, const uint8_t* p, int j) {
-  switch (codec) {
+KV_INLINE float fp8_to_float(uint8_t code) {
+  const uint32_t bits = static_cast<uint32_t>(code & 0x80) << 24 | static_cast<uint32_t>(code & 0x7f) << 20;
+  float x;
+  __builtin_memcpy(&x, &bits, 4);
+  return x * 0x1p120f;
+}
+KV_INLINE int nibble_at(const uint8_t* p, int j) { return (p[j % 4] >> (4 * (j / 4))) & 15; }
+
+// Element j of a word at p (and low, its low plane), one at a time (dims that do not fill a vector).
+KV_INLINE float element_at(int form, const uint8_t* p, const uint8_t* low, int j) {
+  switch (form) {
     case KV_FP32: { float x; __builtin_memcpy(&x, p, 4); return x; }
     case KV_BF16: {
       uint16_t h; __builtin_memcpy(&h, p + 2 * j, 2);
@@ -162,15 +219,47 @@ KV_INLINE float element_at(int codec, const uint8_t* p, int j) {
     }
     case KV_FP16: { uint16_t h; __builtin_memcpy(&h, p + 2 * j, 2); return half_to_float(h); }
     case KV_INT8: return static_cast<float>(static_cast<int>(p[j]) - 128);
-    default: return static_cast<float>((p[j % 4] >> (4 * (j / 4))) & 15);
+    case KV_FP8: return fp8_to_float(p[j]);
+    case KV_N8_RH: return static_cast<float>(nibble_at(p, j) * 16 + nibble_at(low, j) - 128);
+    default: return static_cast<float>(nibble_at(p, j) - NIBBLE_OFFSET);
   }
 }
 
 KV_INLINE int elements_per_word(int codec) {
-  return codec == KV_FP32 ? 1 : codec == KV_INT8 ? 4 : codec == KV_INT4 ? 8 : 2;
+  return codec == KV_FP32 ? 1 : codec == KV_INT8 || codec == KV_FP8 ? 4 : has_base(codec) ? 8 : 2;
 }
-KV_INLINE int strip_values(int codec) { return codec == KV_INT8 ? 1 : codec == KV_INT4 ? 2 : 0; }
-KV_INLINE bool is_integer(int codec) { return codec >= KV_INT8; }
+KV_INLINE int strip_values(int codec) { return has_base(codec) ? 2 : has_scale(codec) ? 1 : 0; }
+
+// ---- rotation --------------------------------------------------------------------------------------------
+
+// Hadamard blocks: the largest power of two that divides the dim, at most 128.
+KV_INLINE int rotation_block(int dim) {
+  int block = 8;
+  while (block < 128 && dim % (2 * block) == 0) block *= 2;
+  return block;
+}
+
+// x <- H x, orthonormal and its own inverse; the order of additions is that of kvtune/kernels/rotation.py.
+static inline void rotate(float* x, int dim) {
+  const int block = rotation_block(dim);
+  for (int size = 1; size < block; size *= 2)
+    for (int i = 0; i < dim; i += 2 * size)
+      for (int j = i; j < i + size; j++) {
+        const float a = x[j], b = x[j + size];
+        x[j] = a + b;
+        x[j + size] = a - b;
+      }
+  float factor = 1.0f;
+  for (int size = block; size > 1; size /= 4) factor *= size == 2 ? 0.70710678118654752f : 0.5f;
+  for (int d = 0; d < dim; d++) x[d] *= factor;
+}
+
+// The row of a block's low plane; null where it was dropped or is not to be read.
+KV_INLINE uint8_t* low_plane(const KvSide& side, int64_t block) {
+  if (side.low == nullptr) return nullptr;
+  const int64_t row = side.low_row[block];
+  return row < 0 || row >= side.num_low_rows ? nullptr : side.low + row * side.low_bytes;
+}
 
 KV_INLINE const KvArena* find_arena(const KvCache& cache, int64_t& block) {
   if (block < 0) return nullptr;

@@ -33,11 +33,21 @@ KV_INLINE float saturate_fp16(float x) { return is_finite(x) ? clamp(x, -65504.0
 // Nearest even for |x| < 2^22.
 KV_INLINE float round_even(float x) { return (x + 12582912.0f) - 12582912.0f; }
 
-// One vector's strip and its uint8 codes.
+// To e4m3, nearest even, for |x| <= 448.
+KV_INLINE uint8_t to_fp8(float x) {
+  const uint32_t u = bits_of(x), magnitude = u & 0x7fffffffu;
+  const uint8_t sign = static_cast<uint8_t>((u >> 24) & 0x80u);
+  if (magnitude < 0x3c800000u)  // below 2^-6: steps of 2^-9
+    return static_cast<uint8_t>(sign | (bits_of(float_of(magnitude) + 16384.0f) - 0x46800000u));
+  return static_cast<uint8_t>(sign | ((magnitude - 0x3c000000u + 0x7ffffu + ((magnitude >> 20) & 1)) >> 20));
+}
+
+// One vector's strip, its codes, and for nested codes the nibbles below them.
 struct Quantised {
   uint16_t scale;
   uint16_t minimum;
   uint8_t codes[MAX_DIM];
+  uint8_t low[MAX_DIM];
 };
 
 KV_INLINE bool all_finite(const float* x, int dim) {
@@ -68,7 +78,17 @@ static void quantise_int8(const float* x, int dim, Quantised& out) {
     out.codes[d] = static_cast<uint8_t>(static_cast<int>(round_even(clamp(x[d] / divisor, -127.0f, 127.0f))) + 128);
 }
 
-static void quantise_int4(const float* x, int dim, Quantised& out) {
+static void quantise_fp8(const float* x, int dim, Quantised& out) {
+  const bool finite = all_finite(x, dim);
+  float top = 0.0f;
+  for (int d = 0; d < dim && finite; d++) top = max_of(top, __builtin_fabsf(x[d]));
+  out.scale = finite ? to_fp16(saturate_fp16(top / 448.0f)) : 0x7e00;
+  const float divisor = divisor_of(out.scale);
+  for (int d = 0; d < dim; d++) out.codes[d] = finite ? to_fp8(clamp(x[d] / divisor, -448.0f, 448.0f)) : 0;
+}
+
+// Codes 0..levels.
+static void quantise_range(const float* x, int dim, float levels, Quantised& out) {
   if (!all_finite(x, dim)) {
     out.scale = out.minimum = 0x7e00;
     for (int d = 0; d < dim; d++) out.codes[d] = 0;
@@ -79,13 +99,40 @@ static void quantise_int4(const float* x, int dim, Quantised& out) {
     low = x[d] < low ? x[d] : low;
     high = x[d] > high ? x[d] : high;
   }
-  const float step = (high - low) / 15.0f;  // may overflow to infinity: saturates like any other
+  const float step = (high - low) / levels;  // may overflow to infinity: saturates like any other
   out.scale = to_fp16(step > 65504.0f ? 65504.0f : step);
   out.minimum = to_fp16(saturate_fp16(low));
   if (out.minimum == 0x8000) out.minimum = 0;  // which zero a minimum picks depends on order: keep +0
   const float base = half_to_float(out.minimum), divisor = divisor_of(out.scale);
   for (int d = 0; d < dim; d++)
-    out.codes[d] = static_cast<uint8_t>(static_cast<int>(round_even(clamp((x[d] - base) / divisor, 0.0f, 15.0f))));
+    out.codes[d] = static_cast<uint8_t>(static_cast<int>(round_even(clamp((x[d] - base) / divisor, 0.0f, levels))));
+}
+
+// A vector as a rotated codec sees it: without its centre, within what 128 additions cannot overflow, rotated.
+static void to_stored_basis(const float* x, const float* centre, int dim, float* out) {
+  for (int d = 0; d < dim; d++) {
+    const float y = centre == nullptr ? x[d] : x[d] - centre[d];
+    out[d] = is_finite(y) ? clamp(y, -0x1p100f, 0x1p100f) : y;
+  }
+  rotate(out, dim);
+}
+
+static void quantise(const KvSide& side, int head, const float* x, Quantised& out) {
+  const int dim = side.head_dim;
+  float rotated[MAX_DIM];
+  if (is_rotated(side.codec)) {
+    to_stored_basis(x, side.centre == nullptr ? nullptr : side.centre + static_cast<int64_t>(head) * dim, dim, rotated);
+    x = rotated;
+  }
+  if (side.codec == KV_INT8) quantise_int8(x, dim, out);
+  if (side.codec == KV_FP8) quantise_fp8(x, dim, out);
+  if (side.codec == KV_INT4 || side.codec == KV_INT4_RH) quantise_range(x, dim, 15.0f, out);
+  if (side.codec != KV_N8_RH && side.codec != KV_N4_RH) return;
+  quantise_range(x, dim, 255.0f, out);
+  for (int d = 0; d < dim; d++) {
+    out.low[d] = out.codes[d] & 15;
+    out.codes[d] >>= 4;
+  }
 }
 
 // Little-endian bytes of element x in a float codec.
@@ -96,14 +143,14 @@ KV_INLINE uint32_t float_code(int codec, float x) {
 }
 
 // `at`: word 0 of the token; consecutive words of K are 64 bytes apart.
-static void store_k(int codec, const float* x, const Quantised& z, int dim, uint8_t* at) {
+static void store_k(int codec, const float* x, const uint8_t* codes, int dim, uint8_t* at) {
   const int E = elements_per_word(codec), size = 4 / (E < 4 ? E : 4);
   for (int w = 0; w < dim / E; w++, at += 64) {
-    if (codec == KV_INT4) {
-      const uint8_t* c = z.codes + w * 8;
+    if (E == 8) {
+      const uint8_t* c = codes + w * 8;
       for (int b = 0; b < 4; b++) at[b] = static_cast<uint8_t>(c[b] | c[b + 4] << 4);
-    } else if (codec == KV_INT8) {
-      __builtin_memcpy(at, z.codes + w * 4, 4);
+    } else if (E == 4) {
+      __builtin_memcpy(at, codes + w * 4, 4);
     } else {
       for (int j = 0; j < E; j++) {
         const uint32_t code = float_code(codec, x[w * E + j]);
@@ -114,16 +161,17 @@ static void store_k(int codec, const float* x, const Quantised& z, int dim, uint
 }
 
 // `at`: the word row of the token's E neighbours; consecutive dims are 4 bytes apart; `j`: token in the word.
-static void store_v(int codec, const float* x, const Quantised& z, int dim, uint8_t* at, int j) {
-  if (codec == KV_INT4) {
+static void store_v(int codec, const float* x, const uint8_t* codes, int dim, uint8_t* at, int j) {
+  const int E = elements_per_word(codec);
+  if (E == 8) {
     const int shift = 4 * (j / 4);
     at += j % 4;
     for (int d = 0; d < dim; d++)
-      at[d * 4] = static_cast<uint8_t>((at[d * 4] & ~(15 << shift)) | z.codes[d] << shift);
-  } else if (codec == KV_INT8) {
-    for (int d = 0; d < dim; d++) at[d * 4 + j] = z.codes[d];
+      at[d * 4] = static_cast<uint8_t>((at[d * 4] & ~(15 << shift)) | codes[d] << shift);
+  } else if (E == 4) {
+    for (int d = 0; d < dim; d++) at[d * 4 + j] = codes[d];
   } else {
-    const int size = 4 / elements_per_word(codec);
+    const int size = 4 / E;
     for (int d = 0; d < dim; d++) {
       const uint32_t code = float_code(codec, x[d]);
       __builtin_memcpy(at + d * 4 + j * size, &code, size);
@@ -144,15 +192,19 @@ static int write_head(const KvWrite& a, int head, int side_index) {
     const KvSide& side = side_index == 0 ? arena->k : arena->v;
     const int dim = side.head_dim, E = elements_per_word(side.codec);
     const float* x = (side_index == 0 ? a.k : a.v) + (n * h + head) * dim;
-    if (side.codec == KV_INT8) quantise_int8(x, dim, z);
-    if (side.codec == KV_INT4) quantise_int4(x, dim, z);
+    quantise(side, head, x, z);
     uint8_t* base = arena->data + block * arena->block_bytes;
     uint8_t* codes = base + side.codes_offset;
     const int64_t token = static_cast<int64_t>(head) * B + offset;
-    if (side_index == 0)
-      store_k(side.codec, x, z, dim, codes + (token / GROUP * GROUP) / E * dim * 4 + token % GROUP * 4);
-    else
-      store_v(side.codec, x, z, dim, codes + token / E * dim * 4, static_cast<int>(token % E));
+    const int64_t at = side_index == 0 ? (token / GROUP * GROUP) / E * dim * 4 + token % GROUP * 4 : token / E * dim * 4;
+    uint8_t* low = low_plane(side, block);
+    if (side_index == 0) {
+      store_k(side.codec, x, z.codes, dim, codes + at);
+      if (low != nullptr) store_k(side.codec, x, z.low, dim, low + at);
+    } else {
+      store_v(side.codec, x, z.codes, dim, codes + at, static_cast<int>(token % E));
+      if (low != nullptr) store_v(side.codec, x, z.low, dim, low + at, static_cast<int>(token % E));
+    }
     uint8_t* strip = base + side.strip_offset;
     const int values = strip_values(side.codec);
     const int64_t first = static_cast<int64_t>(head) * values * B + offset;
@@ -164,11 +216,19 @@ static int write_head(const KvWrite& a, int head, int side_index) {
 
 // ---- gather: decoded values of one block, [token, head, dim] ------------------------------------------------
 
+// The code at `word` as gather counts it: 0..255 for nested codes, the middle of what the low plane would say
+// where it is not there; else what the element says.
+KV_INLINE float code_at(int codec, const uint8_t* word, const uint8_t* low, int j) {
+  if (codec != KV_N8_RH && codec != KV_N4_RH) return element_at(form_of(codec, false), word, nullptr, j);
+  const float below = low == nullptr ? 7.5f : static_cast<float>(nibble_at(low, j));
+  return static_cast<float>(nibble_at(word, j)) * 16.0f + below;
+}
+
 KV_INLINE float decoded(int codec, float code, const uint8_t* strip, int64_t at, int B) {
-  if (!is_integer(codec)) return code;
+  if (!has_scale(codec)) return code;
   uint16_t scale, minimum;
   __builtin_memcpy(&scale, strip + at * 2, 2);
-  if (codec == KV_INT8) return code * half_to_float(scale);
+  if (!has_base(codec)) return code * half_to_float(scale);
   __builtin_memcpy(&minimum, strip + (at + B) * 2, 2);
   return code * half_to_float(scale) + half_to_float(minimum);
 }
@@ -179,19 +239,22 @@ static void gather_side(const KvGather& a, const KvArena& arena, int64_t block, 
   const int B = cache.block_size, h = cache.num_kv_heads, dim = side.head_dim;
   const int E = elements_per_word(side.codec);
   const uint8_t* base = arena.data + block * arena.block_bytes;
-  const uint8_t* codes = base + side.codes_offset;
+  const uint8_t* low = low_plane(side, block);
   for (int t = 0; t < count; t++)
     for (int head = 0; head < h; head++) {
       float* out = (is_k ? a.k : a.v) + ((first + t) * h + head) * dim;
       const int64_t token = static_cast<int64_t>(head) * B + t;
       const int64_t strip = static_cast<int64_t>(head) * strip_values(side.codec) * B + t;
-      const uint8_t* word = is_k ? codes + (token / GROUP * GROUP) / E * dim * 4 + token % GROUP * 4
-                                 : codes + token / E * dim * 4;
+      const int64_t at = is_k ? (token / GROUP * GROUP) / E * dim * 4 + token % GROUP * 4 : token / E * dim * 4;
       for (int d = 0; d < dim; d++) {
-        const float code = is_k ? element_at(side.codec, word + d / E * 64, d % E)
-                                : element_at(side.codec, word + d * 4, static_cast<int>(token % E));
+        const int64_t word = at + (is_k ? d / E * 64 : d * 4);
+        const int j = is_k ? d % E : static_cast<int>(token % E);
+        const float code = code_at(side.codec, base + side.codes_offset + word, low == nullptr ? low : low + word, j);
         out[d] = decoded(side.codec, code, base + side.strip_offset, strip, B);
       }
+      if (is_rotated(side.codec)) rotate(out, dim);
+      if (is_rotated(side.codec) && side.centre != nullptr)
+        for (int d = 0; d < dim; d++) out[d] += side.centre[static_cast<int64_t>(head) * dim + d];
     }
 }
 
