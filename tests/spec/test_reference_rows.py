@@ -1,4 +1,4 @@
-"""Thirteen published models, their KV bytes as integers (bf16, one copy, no paging)."""
+"""Fourteen published models, their KV bytes as integers (bf16, one copy, no paging)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from kvtune.spec import (
     fixed_bytes_per_sequence,
     growth_bytes_per_token,
     kv_format,
+    layer_token_bytes,
     logical_bytes,
 )
 
@@ -24,6 +25,7 @@ ROWS = {
     "meta-llama/Llama-3.1-70B": ({"full_attention": 80}, 327_680, 0),
     "Qwen/Qwen3-32B": ({"full_attention": 64}, 262_144, 0),
     "deepseek-ai/DeepSeek-V3": ({"mla": 61}, 70_272, 0),
+    "moonshotai/Kimi-K2-Instruct": ({"mla": 61}, 70_272, 0),
     "openai/gpt-oss-120b": ({"full_attention": 18, "sliding_attention": 18}, 36_864, 9 * MIB // 2),
     "openai/gpt-oss-20b": ({"full_attention": 12, "sliding_attention": 12}, 24_576, 3 * MIB),
     "google/gemma-3-27b-it": ({"full_attention": 10, "sliding_attention": 52}, 81_920, 416 * MIB),
@@ -61,6 +63,7 @@ PUBLISHED = {
     "meta-llama/Llama-3.1-70B": (0, 40.00),
     "Qwen/Qwen3-32B": (0, 32.00),
     "deepseek-ai/DeepSeek-V3": (0, 8.58),
+    "moonshotai/Kimi-K2-Instruct": (0, 8.58),
     "openai/gpt-oss-120b": (4.5, 4.50),
     "openai/gpt-oss-20b": (3, 3.00),
     "google/gemma-3-27b-it": (416, 10.41),
@@ -116,3 +119,34 @@ def test_a_window_that_is_not_full_yet_holds_only_the_tokens_there_are() -> None
 def test_recurrent_state_is_there_from_the_first_token() -> None:
     spec = spec_of("Jamba-v0.1")
     assert logical_bytes(spec, 0, BF16) == fixed_bytes_per_sequence(spec, BF16)
+
+
+# id: B/token if every attention layer kept every token, as calculators that know no windows count
+NAIVE = {
+    "openai/gpt-oss-120b": 73_728,
+    "google/gemma-3-27b-it": 507_904,
+    "google/gemma-3n-E4B-it": 71_680,
+}
+
+
+@pytest.mark.parametrize("model", NAIVE)
+def test_counting_every_layer_as_full_gives_the_known_overestimate(model: str) -> None:
+    spec = spec_of(model)
+    every = [next(x for x in spec.layers if x.num_kv_heads) for _ in spec.layers]
+    assert sum(layer_token_bytes(layer, BF16) for layer in every) == NAIVE[model]
+
+
+def test_hybrids_cost_what_their_engines_logged() -> None:
+    """LM Studio logged 16,384 MiB at 262,144 tokens and 149.6 MiB of state, convolutions in 32 bit."""
+    spec = spec_of("Qwen/Qwen3.5-27B")
+    assert growth_bytes_per_token(spec, BF16) * 262_144 == 16_384 * MIB
+    wide = sum(layer.state_bytes + 2 * layer.conv_elements for layer in spec.layers)
+    assert wide / MIB == pytest.approx(149.6, abs=0.05)
+
+
+def test_deepseek_at_its_full_length_takes_the_measured_bytes() -> None:
+    assert logical_bytes(spec_of("DeepSeek-V3"), 163_840, BF16) / 2**30 == pytest.approx(10.72, abs=0.005)
+
+
+def test_a_naive_gemma_is_six_times_too_large_at_128k() -> None:
+    assert NAIVE["google/gemma-3-27b-it"] * 131_072 / 2**30 == pytest.approx(62.0, abs=0.05)

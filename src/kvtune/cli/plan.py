@@ -15,7 +15,9 @@ def plan(
     kv_dtype: Annotated[
         str, typer.Option(help="auto (the checkpoint's), bf16, fp8, int8, int4, k8v4 or nvfp4.")
     ] = "auto",
-    block_size: Annotated[int, typer.Option(help="Tokens per block.")] = 16,
+    block_size: Annotated[
+        int | None, typer.Option(help="Tokens per block; default the engine's own: 16, sglang 1, trtllm 32.")
+    ] = None,
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.")] = 1,
     engine: Annotated[str, typer.Option(help="Whose allocator: kvtune, vllm, sglang or trtllm.")] = "kvtune",
     gpu: Annotated[str | None, typer.Option(help="Capacity of this GPU only, e.g. H100-80GB.")] = None,

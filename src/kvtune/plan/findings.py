@@ -57,7 +57,7 @@ def _model_with(
     spec: ModelSpec, request: PlanRequest, *, kv_dtype: str | None = None, chunk: int | None = None
 ) -> AllocatorModel:
     kv = kv_format(request.engine, kv_dtype or request.kv_dtype, spec)
-    paging = Paging(block_size=request.block_size, tp=request.tp, chunk=chunk or request.chunk)
+    paging = Paging(block_size=request.block_tokens, tp=request.tp, chunk=chunk or request.chunk)
     return AllocatorModel(spec, kv, request.engine, paging)
 
 
@@ -67,7 +67,7 @@ def _large_block(
     """vLLM's hybrids: the block grows until its page holds a recurrent state, and more so the smaller the
     codec; only whole blocks are shared."""
     block = model.effective_block_size()
-    if block < _LARGE_BLOCK or block <= request.block_size:
+    if block < _LARGE_BLOCK or block <= request.block_tokens:
         return
     yield Finding(
         code="prefix-cache-needs-long-prefixes",
@@ -153,7 +153,7 @@ def _waste(spec: ModelSpec, kv: KVFormat, model: AllocatorModel, request: PlanRe
 
 def _rounding_cause(model: AllocatorModel, request: PlanRequest) -> str:
     block = model.effective_block_size()
-    is_own = block > request.block_size
+    is_own = block > request.block_tokens
     cure = "the engine sets that size for this model" if is_own else "a smaller --block-size wastes less"
     return f"the unused rest of blocks of {block:,} tokens: {cure}"
 

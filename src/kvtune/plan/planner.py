@@ -115,7 +115,7 @@ def size_model(source: ModelSource, request: PlanRequest) -> Sizing:
 
 
 def _allocator(spec: ModelSpec, kv: KVFormat, request: PlanRequest, tp: int) -> AllocatorModel:
-    paging = Paging(block_size=request.block_size, tp=tp, chunk=request.chunk)
+    paging = Paging(block_size=request.block_tokens, tp=tp, chunk=request.chunk)
     return AllocatorModel(spec, kv, request.engine, paging)
 
 
@@ -146,7 +146,7 @@ def plan_model(
         max_model_len=spec.max_model_len,
         engine=request.engine,
         kv_dtype=request.kv_dtype,
-        block_size=request.block_size,
+        block_size=request.block_tokens,
         effective_block_size=model.effective_block_size(),
         tp=request.tp,
         weights_bytes=weights,

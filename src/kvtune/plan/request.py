@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvtune.config import SchedulerConfig
+from kvtune.config import CacheConfig, SchedulerConfig
 from kvtune.errors import UsageError
 from kvtune.spec import ENGINES
 
@@ -16,6 +16,8 @@ MAX_CONTEXT = 1 << 27
 MAX_TP = 1024
 MAX_BLOCK_SIZE = 1 << 16
 MAX_COUNT = 1 << 20
+_BLOCK_TOKENS = {"kvtune": CacheConfig().block_size, "vllm": 16, "sglang": 1, "trtllm": 32}
+"""What each engine takes unless told otherwise: block_size, page_size, tokens_per_block."""
 _CHUNK = 8192
 """Tokens other engines compute per step on a data-centre card, by default."""
 
@@ -24,15 +26,16 @@ _CHUNK = 8192
 class PlanRequest:
     """What to plan for. UsageError for values outside their range.
 
-    `gpu` None: every card of the first table. `gpu_memory`: bytes of a card that no table knows.
-    `kv_budget`: bytes for KV over all cards, instead of an engine's own rule. `overhead`: bytes per card
-    beside weights and KV. `max_num_batched_tokens`: tokens of one sequence in one step at most.
-    `concurrency`: sequences of the longest context that picked cards must hold.
+    `block_size` None: the engine's own (`block_tokens`). `gpu` None: every card of the first table.
+    `gpu_memory`: bytes of a card that no table knows. `kv_budget`: bytes for KV over all cards, instead of
+    an engine's own rule. `overhead`: bytes per card beside weights and KV. `max_num_batched_tokens`: tokens
+    of one sequence in one step at most. `concurrency`: sequences of the longest context that picked cards
+    must hold.
     """
 
     contexts: Sequence[int] = (8192, 131072)
     kv_dtype: str = "auto"
-    block_size: int = 16
+    block_size: int | None = None
     tp: int = 1
     engine: str = "kvtune"
     gpu: str | None = None
@@ -73,6 +76,11 @@ class PlanRequest:
             ("--max-num-batched-tokens", self.max_num_batched_tokens, MAX_COUNT),
             ("--concurrency", self.concurrency, MAX_COUNT),
         ]
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens per block before an engine enlarges them for a model."""
+        return _BLOCK_TOKENS[self.engine] if self.block_size is None else self.block_size
 
     @property
     def chunk(self) -> int:
