@@ -161,6 +161,20 @@ def test_the_tables_hold_the_figures_of_the_json(simulate, trace):
     assert "ann" in out
 
 
+def test_the_page_holds_the_record_and_pictures_and_loads_nothing(simulate, trace, tmp_path):
+    page = tmp_path / "page.html"
+    code, _, err = simulate(trace, "--capacity", "5,9,14", "--html", page)
+    assert (code, err) == (0, "")
+    text = page.read_text(encoding="utf-8")
+    assert "<svg" in text
+    assert "Blocks hit by cache size" in text
+    assert "best possible" in text
+    assert "<script src" not in text
+    code, _, err = simulate(trace, "--html", tmp_path / "nowhere" / "page.html")
+    assert code == 2
+    assert "create it first" in err
+
+
 @pytest.mark.parametrize(
     ("args", "problem"),
     [

@@ -31,7 +31,7 @@ def curve_record(curve: LRUCurve, *, num_points: int = _NUM_POINTS) -> dict[str,
     enough = int(np.searchsorted(curve.hits, _ENOUGH * most))
     spaced = np.round(np.geomspace(max(1, largest // 10_000), largest, num_points)).astype(np.int64)
     return {
-        "points": [_point(curve, int(at)) for at in np.union1d(spaced, [knee, enough])],
+        "points": [_point(curve, at) for at in sorted({*spaced.tolist(), knee, enough})],
         "knee": _point(curve, knee),
         "enough": {"share": _ENOUGH, **_point(curve, enough)},
         "unbounded": _point(curve, largest),

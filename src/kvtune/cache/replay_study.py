@@ -13,7 +13,7 @@ from typing import Final
 
 from kvtune.cache.replay import LRUCurve, Progress, Replayer, ReplayResult
 
-__all__ = ["SHARES_OF_UNIQUE", "CapacityRow", "Hits", "default_capacities", "study"]
+__all__ = ["SHARES_OF_UNIQUE", "CapacityRow", "Hits", "Study", "default_capacities", "study"]
 
 ORACLE: Final = "optimal_pinned"
 SHARES_OF_UNIQUE: Final = (0.001, 0.005, 0.01, 0.05, 0.10, 0.25, 0.50)
@@ -54,6 +54,14 @@ class CapacityRow:
         return (hits.blocks_hit - self.lru.blocks_hit) / gap if gap > 0 else None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Study:
+    """One row per capacity, and the exact LRU curve of all capacities (None under an engine's rules)."""
+
+    rows: tuple[CapacityRow, ...]
+    curve: LRUCurve | None
+
+
 def default_capacities(num_unique: int) -> tuple[int, ...]:
     """0.1 to 50 % of the distinct blocks."""
     return tuple(dict.fromkeys(max(1, round(share * num_unique)) for share in SHARES_OF_UNIQUE))
@@ -66,7 +74,7 @@ def study(
     *,
     more_blocks: int | None = None,
     progress: Callable[[float, str], None] | None = None,
-) -> tuple[CapacityRow, ...]:
+) -> Study:
     """Replay `policies` at `capacities`, beside LRU and the oracle. `progress` is told (share done, what)."""
     runs = [(policy, capacity) for capacity in capacities for policy in dict.fromkeys((*policies, ORACLE))]
     work = _Work([_COST.get(policy, _COST_OF_OTHERS) for policy, _ in runs], progress)
@@ -75,7 +83,7 @@ def study(
     for policy, capacity in runs:
         size = "unbounded" if capacity is None else f"{capacity:,} blocks"
         found[policy, capacity] = replayer.replay(policy, capacity, progress=work.next(f"{policy}, {size}"))
-    return tuple(
+    rows = (
         _row(
             lru,
             tuple(found[policy, capacity] for policy in policies),
@@ -84,6 +92,7 @@ def study(
         )
         for capacity in capacities
     )
+    return Study(tuple(rows), lru.curve)
 
 
 def _row(lru: _LRU, results: tuple[ReplayResult, ...], oracle: Hits, more_blocks: int | None) -> CapacityRow:
@@ -124,20 +133,20 @@ class _LRU:
 
     def __init__(self, replayer: Replayer) -> None:
         self._replayer = replayer
-        self._curve: LRUCurve | None = None if replayer.full_blocks_only else replayer.lru_curve()
+        self.curve: LRUCurve | None = None if replayer.full_blocks_only else replayer.lru_curve()
 
     def at(self, capacity: int | None) -> Hits:
-        if self._curve is None:
+        if self.curve is None:
             return _hits(self._replayer.replay("lru", capacity))
         return Hits(
             capacity_blocks=capacity,
-            blocks_hit=self._curve.blocks_hit(capacity),
-            block_hit_rate=self._curve.block_hit_rate(capacity),
-            token_hit_rate=self._curve.token_hit_rate(capacity),
+            blocks_hit=self.curve.blocks_hit(capacity),
+            block_hit_rate=self.curve.block_hit_rate(capacity),
+            token_hit_rate=self.curve.token_hit_rate(capacity),
         )
 
     def capacity_for(self, blocks_hit: int) -> int | None:
-        return None if self._curve is None else self._curve.capacity_for(blocks_hit)
+        return None if self.curve is None else self.curve.capacity_for(blocks_hit)
 
 
 def _hits(result: ReplayResult) -> Hits:

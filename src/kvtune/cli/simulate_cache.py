@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from kvtune.cache.replay import Replayer, ReplayResult
-    from kvtune.cache.replay_study import CapacityRow, Hits
-    from kvtune.workload import BlockTrace
+    from kvtune.cache.replay import Replayer
+    from kvtune.cache.replay_study import CapacityRow
+    from kvtune.workload import Workload
 
 SCHEMA_VERSION = 1
 _MOST_TENANTS = 20
@@ -64,10 +64,14 @@ def cache(
         int | None,
         typer.Option(help="Prompt tokens per hash id, for traces whose rows do not determine it."),
     ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write a self-contained page with the pictures here.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Replay a trace against prefix caches of given sizes and eviction policies."""
     from kvtune.cache.replay import Replayer
+    from kvtune.cache.replay_report import study_record
     from kvtune.cache.replay_study import study
     from kvtune.cli.progress import TimeLeft
     from kvtune.cli.simulate_cache_text import as_text
@@ -77,6 +81,8 @@ def cache(
     if trace is None:
         raise UsageError("simulate needs a request file or trace; see `kvtune simulate --help`")
     policies = _policies(policy)
+    if html is not None and not html.absolute().parent.is_dir():
+        raise UsageError(f"--html {html}: there is no folder {html.absolute().parent}; create it first")
     workload = load_workload(trace, format=format_, trace_block_size=trace_block_size)
     blocks = block_trace(workload, block_size)
     block_bytes = _block_bytes(blocks.block_size, model, kv_dtype, bytes_per_token)
@@ -84,11 +90,13 @@ def cache(
     extra, extra_text = _more_blocks(more, block_bytes)
     replayer = Replayer(blocks, full_blocks_only=full_blocks_only)
     with TimeLeft() as progress:
-        rows = study(replayer, policies, capacities, more_blocks=extra, progress=progress)
-    record = _record(blocks, replayer, rows, block_bytes)
+        found = study(replayer, policies, capacities, more_blocks=extra, progress=progress)
+    record = study_record(replayer, found, block_bytes)
     record = {"schema_version": SCHEMA_VERSION, "path": str(trace), "format": workload.format, **record}
     record["more_memory"] = None if extra is None else {"asked": extra_text, "blocks": extra}
-    record["notes"] = [*workload.notes, *blocks.notes, *_notes(replayer, rows)]
+    record["notes"] = [*workload.notes, *blocks.notes, *_notes(replayer, found.rows)]
+    if html is not None:
+        _write_page(html, record, workload)
     most_tenants = len(blocks.tenants) if tenants else _MOST_TENANTS
     print(json.dumps(record) if as_json else as_text(record, most_tenants=most_tenants))
 
@@ -193,103 +201,16 @@ def _more_blocks(text: str | None, block_bytes: int | None) -> tuple[int | None,
 # -- what is answered --
 
 
-def _record(
-    trace: BlockTrace, replayer: Replayer, rows: tuple[CapacityRow, ...], block_bytes: int | None
-) -> dict[str, Any]:
-    """The first capacity's first policy on top, as a single replay; everything else below it."""
-    first = rows[0].results[0]
-    return {
-        "num_requests": first.num_requests,
-        "policy": first.policy,
-        "capacity_blocks": _blocks(first.capacity_blocks),
-        **_figures(first),
-        "elapsed_s": first.elapsed_s,
-        "block_size": trace.block_size,
-        "block_bytes": block_bytes,
-        "unique_blocks": trace.num_unique,
-        "full_blocks_only": replayer.full_blocks_only,
-        "is_lower_bound": trace.is_lower_bound,
-        "core": replayer.core,
-        "capacities": [_row(row, block_bytes) for row in rows],
-        "tenants": _tenants(replayer, first),
-    }
+def _write_page(path: Path, record: dict[str, Any], workload: Workload) -> None:
+    from kvtune.errors import UsageError
+    from kvtune.report.pages import render_simulation
+    from kvtune.workload import workload_statistics
 
-
-def _blocks(capacity: int | None) -> int | str:
-    """JSON has no infinity; `bench` writes the word, too."""
-    return "inf" if capacity is None else capacity
-
-
-def _figures(result: ReplayResult) -> dict[str, Any]:
-    return {
-        "blocks_total": result.blocks_total,
-        "blocks_hit": result.blocks_hit,
-        "block_hit_rate": result.block_hit_rate,
-        "tokens_total": result.tokens_total,
-        "tokens_hit": result.tokens_hit,
-        "token_hit_rate": result.token_hit_rate,
-        "evicted_blocks": result.num_evicted,
-        "rejected_requests": result.num_rejected,
-        "second_half_block_hit_rate": result.second_half_block_hit_rate,
-    }
-
-
-def _row(row: CapacityRow, block_bytes: int | None) -> dict[str, Any]:
-    capacity = row.capacity_blocks
-    size = None if capacity is None or block_bytes is None else capacity * block_bytes
-    policies = {
-        result.policy: {
-            **_figures(result),
-            "gap_closed": row.gap_closed(result),
-            "elapsed_s": result.elapsed_s,
-        }
-        for result in row.results
-    }
-    return {
-        "capacity_blocks": _blocks(capacity),
-        "capacity_bytes": size,
-        "policies": policies,
-        "lru": _what(row.lru),
-        "oracle": {"policy": "optimal_pinned", **_what(row.oracle)},
-        "lru_blocks_for_oracle": row.lru_blocks_for_oracle,
-        "what_if": {
-            "half_bytes_per_block": _gain(row, row.half_bytes),
-            "more_memory": None if row.more is None else _gain(row, row.more),
-        },
-    }
-
-
-def _what(hits: Hits) -> dict[str, Any]:
-    return {
-        "capacity_blocks": _blocks(hits.capacity_blocks),
-        "blocks_hit": hits.blocks_hit,
-        "block_hit_rate": hits.block_hit_rate,
-        "token_hit_rate": hits.token_hit_rate,
-    }
-
-
-def _gain(row: CapacityRow, hits: Hits) -> dict[str, Any]:
-    """LRU with other blocks: its hits, what they are above LRU's here, and beside the oracle gap here."""
-    return {
-        "policy": "lru",
-        **_what(hits),
-        "block_hit_rate_gain": hits.block_hit_rate - row.lru.block_hit_rate,
-        "gap_closed": row.gap_closed(hits),
-    }
-
-
-def _tenants(replayer: Replayer, result: ReplayResult) -> list[dict[str, Any]]:
-    return [
-        {
-            "tenant": row.tenant,
-            "num_requests": row.num_requests,
-            "blocks_total": row.blocks_total,
-            "blocks_hit": row.blocks_hit,
-            "block_hit_rate": row.blocks_hit / row.blocks_total if row.blocks_total else 0.0,
-            "token_hit_rate": row.tokens_hit / row.tokens_total if row.tokens_total else 0.0,
-        }
-        for row in replayer.tenants(result)
-    ]
+    page = render_simulation({**record, "statistics": workload_statistics(workload)})
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--html {path}: cannot be written: {error.strerror}; choose another file") from None
 
 
 def _notes(replayer: Replayer, rows: tuple[CapacityRow, ...]) -> list[str]:
