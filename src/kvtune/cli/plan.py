@@ -13,7 +13,8 @@ def plan(
     model: Annotated[str, typer.Argument(help="A config.json, its folder, or a bundled model id.")],
     context: Annotated[str, typer.Option(help="Context lengths in tokens, comma-separated.")] = "8192,131072",
     kv_dtype: Annotated[
-        str, typer.Option(help="auto (the checkpoint's), bf16, fp8, int8, int4, k8v4 or nvfp4.")
+        str,
+        typer.Option(help="auto (the checkpoint's), bf16, fp8, int8, int4, k8v4, int4_rh, n8_rh or nvfp4."),
     ] = "auto",
     block_size: Annotated[
         int | None, typer.Option(help="Tokens per block; default the engine's own: 16, sglang 1, trtllm 32.")
@@ -66,6 +67,9 @@ def plan(
         str | None,
         typer.Option(help="Changes to try on the trace: cap=8192,truncate=4096,route=16384,codec=int8."),
     ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write a self-contained page with the pictures here.")
+    ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Show the formulas with the numbers.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
@@ -100,14 +104,20 @@ def plan(
         tiers=tiers,
         prefill_rate=prefill_rate,
     )
+    out = result.to_dict(explain=explain)
     on_trace = None
     if trace is not None:
+        workload = load_workload(trace, trace_block_size=trace_block_size)
         budget = result.capacity[0].kv_budget_bytes if len(result.capacity) == 1 else None
-        on_trace = _plan_trace(trace, trace_block_size, what_if, source, request, budget, tiers)
+        changes = None if what_if is None else changes_from_text(what_if)
+        sizing = size_model(source, request)
+        on_trace = plan_trace(workload, sizing, request, budget=budget, changes=changes, tiers=tiers)
+        out["trace"] = on_trace.to_dict()
+        if html is not None:
+            out["trace"] |= trace_pictures(workload, sizing, budget)
+    if html is not None:
+        _write_page(html, out)
     if as_json:
-        out = result.to_dict(explain=explain)
-        if on_trace is not None:
-            out["trace"] = on_trace.to_dict()
         print(json.dumps(out))
         return
     from kvtune.cli.plan_text import plan_lines
@@ -136,19 +146,8 @@ def _tiers(given: dict[str, tuple[str | None, str | None]]) -> list[Any]:
     return tiers
 
 
-def _plan_trace(
-    path: Path,
-    block_size: int | None,
-    what_if: str | None,
-    source: Any,
-    request: Any,
-    budget: int | None,
-    tiers: list[Any],
-) -> Any:
-    from kvtune.plan import changes_from_text, plan_trace, size_model
-    from kvtune.workload import load_workload
+def _write_page(path: Path, out: dict[str, Any]) -> None:
+    from kvtune.recipe import write_atomically
+    from kvtune.report import render_plan
 
-    changes = None if what_if is None else changes_from_text(what_if)
-    workload = load_workload(path, trace_block_size=block_size)
-    sizing = size_model(source, request)
-    return plan_trace(workload, sizing, request, budget=budget, changes=changes, tiers=tiers)
+    write_atomically(path, render_plan(out))

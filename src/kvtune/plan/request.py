@@ -11,7 +11,9 @@ from kvtune.spec import ENGINES
 
 __all__ = ["KV_DTYPES", "MAX_CONTEXT", "PlanRequest", "contexts_from_text"]
 
-KV_DTYPES = ("auto", "bf16", "fp16", "fp32", "fp8", "int8", "int4", "k8v4", "nvfp4")
+KV_DTYPES = (
+    "auto", "bf16", "fp16", "fp32", "fp8", "int8", "int4", "k8v4", "int4_rh", "n8_rh", "n4_rh", "nvfp4",
+)  # fmt: skip
 MAX_CONTEXT = 1 << 27
 MAX_TP = 1024
 MAX_BLOCK_SIZE = 1 << 16
