@@ -187,6 +187,9 @@ def test_an_empty_trace_and_empty_requests_hit_nothing(core):
         ({"block_tokens": np.array([16], dtype=np.int32)}, "as many block_tokens"),
         ({"block_ids": np.array([0, 1, 2, 0, 1], dtype=np.int32)}, "block_ids must be one row of int64"),
         ({"block_ids": np.zeros((5, 1), dtype=np.int64)}, "one row"),
+        ({"prompt_tokens": np.array([9], dtype=np.int64)}, "2 requests needs as many prompt_tokens"),
+        ({"tenant": np.array([0, 1], dtype=np.int32)}, "tenants outside its list of 1"),
+        ({"tenant": np.array([0, -1], dtype=np.int32)}, "tenants outside its list of 1"),
     ],
 )
 def test_arrays_that_do_not_belong_together_are_refused(change, reason, core):

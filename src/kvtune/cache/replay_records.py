@@ -53,6 +53,15 @@ def checked_arrays(trace: BlockTrace) -> TraceArrays:
             f"a block trace of {arrays.num_references} block ids needs as many block_tokens, found "
             f"{len(arrays.block_tokens)}, and request_start with one more entry than requests"
         )
+    prompts = _contiguous("prompt_tokens", trace.prompt_tokens, np.int64)
+    tenants = _contiguous("tenant", trace.tenant, np.int32)
+    if not len(prompts) == len(tenants) == arrays.num_requests:
+        raise UsageError(
+            f"a block trace of {arrays.num_requests} requests needs as many prompt_tokens and tenants, found "
+            f"{len(prompts)} and {len(tenants)}"
+        )
+    if len(tenants) and not 0 <= int(tenants.min()) <= int(tenants.max()) < len(trace.tenants):
+        raise UsageError(f"a block trace names tenants outside its list of {len(trace.tenants)}")
     return arrays
 
 
