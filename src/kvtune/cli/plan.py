@@ -75,7 +75,16 @@ def plan(
 ) -> None:
     """Size a model's KV cache exactly: bytes per token and layer kind, at contexts, and what GPUs hold."""
     from kvtune.errors import UsageError
-    from kvtune.plan import PlanRequest, contexts_from_text, find_model, plan_model, read_prices
+    from kvtune.plan import (
+        PlanRequest,
+        changes_from_text,
+        contexts_from_text,
+        find_model,
+        plan_model,
+        plan_trace,
+        read_prices,
+        size_model,
+    )
 
     if what_if is not None and trace is None:
         raise UsageError("--what-if changes the requests of a trace: add --trace FILE")
@@ -107,13 +116,14 @@ def plan(
     out = result.to_dict(explain=explain)
     on_trace = None
     if trace is not None:
-        workload = load_workload(trace, trace_block_size=trace_block_size)
         budget = result.capacity[0].kv_budget_bytes if len(result.capacity) == 1 else None
+        workload, sizing = _workload(trace, trace_block_size), size_model(source, request)
         changes = None if what_if is None else changes_from_text(what_if)
-        sizing = size_model(source, request)
         on_trace = plan_trace(workload, sizing, request, budget=budget, changes=changes, tiers=tiers)
         out["trace"] = on_trace.to_dict()
         if html is not None:
+            from kvtune.cli.plan_page import trace_pictures
+
             out["trace"] |= trace_pictures(workload, sizing, budget)
     if html is not None:
         _write_page(html, out)
@@ -144,6 +154,12 @@ def _tiers(given: dict[str, tuple[str | None, str | None]]) -> list[Any]:
         rate = None if bandwidth is None else _bytes(bandwidth.strip().removesuffix("/s"))
         tiers.append(TierRequest(name=name, size=_bytes(size) or 0, bandwidth=rate))
     return tiers
+
+
+def _workload(path: Path, block_size: int | None) -> Any:
+    from kvtune.workload import load_workload
+
+    return load_workload(path, trace_block_size=block_size)
 
 
 def _write_page(path: Path, out: dict[str, Any]) -> None:

@@ -79,6 +79,9 @@ def serve(
     save: Annotated[
         Path | None, typer.Option("--save", help="Also write the result, with every request.")
     ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write a self-contained page with the pictures here.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Simulate serving a trace: latencies, goodput, hits, preemptions, utilisation, overload."""
@@ -104,7 +107,17 @@ def serve(
 
         detailed = _result(server, workload, run, targets, trace=trace, rate_factor=rate_factor, details=True)
         write_atomically(save, json.dumps(detailed, allow_nan=False) + "\n")
+    if html is not None:
+        _write_page(html, result, replace(recorded, requests=recorded.requests[:num_prompts]))
     print(json.dumps(result, allow_nan=False) if as_json else _as_text(result))
+
+
+def _write_page(path: Path, result: dict[str, Any], workload: Workload) -> None:
+    from kvtune.recipe import write_atomically
+    from kvtune.report import render_simulation
+    from kvtune.workload import workload_statistics
+
+    write_atomically(path, render_simulation({**result, "statistics": workload_statistics(workload)}))
 
 
 # -- the server
@@ -393,4 +406,8 @@ def _as_text(result: dict[str, Any]) -> str:
             f"queueing   {over['queueing_share_of_time']:.1%} of the time, {state}, up to "
             f"{over['waiting_peak']:,.0f} waiting"
         )
+    from kvtune.report.terminal import timeline_lines
+
+    course = timeline_lines(result)
+    lines += ["course", *course] if course else []
     return "\n".join(lines)
