@@ -1,11 +1,13 @@
 """One canonical request trace: readers for the formats people have, real tokens for traces that hold
 only lengths and hashes, generators, splits and reuse statistics. No tensors."""
 
+from kvtune.workload.anonymise import anonymise
 from kvtune.workload.blocks import BlockTrace, block_trace
 from kvtune.workload.builtin import BUILTIN_CASES, builtin_cases, demo_chat, malformed_files
 from kvtune.workload.chat import generate_chat
 from kvtune.workload.formats import FORMATS
 from kvtune.workload.formats.canonical import write_workload
+from kvtune.workload.lint import LintReport, lint_workload
 from kvtune.workload.load import load_workload
 from kvtune.workload.materialise import DEFAULT_MAX_TOKENS, materialise
 from kvtune.workload.prefix import session_labels
@@ -27,6 +29,7 @@ __all__ = [
     "FORMATS",
     "BlockTrace",
     "Drift",
+    "LintReport",
     "Materialised",
     "Message",
     "Rejection",
@@ -34,12 +37,14 @@ __all__ = [
     "TokenRequest",
     "Workload",
     "WorkloadRequest",
+    "anonymise",
     "block_trace",
     "builtin_cases",
     "demo_chat",
     "drift_of",
     "first_requests",
     "generate_chat",
+    "lint_workload",
     "load_workload",
     "malformed_files",
     "materialise",

@@ -7,10 +7,9 @@ size, and content chunks of uneven length, are re-cut: see `block_trace` for wha
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,20 +17,16 @@ import numpy as np
 import numpy.typing as npt
 
 from kvtune.errors import UsageError
-from kvtune.workload.request import Workload, WorkloadRequest, transcript
+from kvtune.workload.pieces import CHARACTERS_PER_TOKEN, Encode, pieces_of
+from kvtune.workload.request import Workload, WorkloadRequest
 
 __all__ = ["CHARACTERS_PER_TOKEN", "DEFAULT_BLOCK_SIZE", "BlockTrace", "block_trace", "class_of", "tenant_of"]
 
 DEFAULT_BLOCK_SIZE: Final = 16
-CHARACTERS_PER_TOKEN: Final = 4
-"""English text under common vocabularies; used only where no tokenizer is at hand."""
-
 _MAX_REFERENCES: Final = 200_000_000
 _CHUNK_REFERENCES: Final = 1 << 20
-_DIGEST_BYTES: Final = 16
 
 IntArray = npt.NDArray[np.int64]
-Encode = Callable[[WorkloadRequest], Sequence[int]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -201,11 +196,10 @@ def _chained_segments(workload: Workload, size: int, encode: Encode | None) -> _
     start, prompt = array("q", [0]), array("q")
     is_estimated = False
     for number, request in enumerate(workload.requests):
-        pieces = _pieces(request, number, size, workload.block_size, encode)
+        pieces = pieces_of(request, number, size, hash_size=workload.block_size, encode=encode)
         is_estimated |= pieces.is_estimated
-        digest = request.cache_salt.encode("utf-8", "surrogatepass")
-        for content, held in pieces.contents:
-            digest = hashlib.blake2b(content, key=digest[:64], digest_size=_DIGEST_BYTES).digest()
+        _check_references(len(ids) + pieces.prompt_tokens // size, size)
+        for digest, held in pieces.digests(request.cache_salt):
             ids.append(known.setdefault(digest, len(known)))
             tokens.append(held)
         start.append(len(ids))
@@ -220,57 +214,12 @@ def _chained_segments(workload: Workload, size: int, encode: Encode | None) -> _
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Pieces:
-    """One prompt as (content, tokens held) pairs; `prompt_tokens` may exceed what they hold."""
-
-    contents: Iterator[tuple[bytes, int]]
-    prompt_tokens: int
-    is_estimated: bool = False
-
-
-def _pieces(
-    request: WorkloadRequest, number: int, size: int, hash_size: int | None, encode: Encode | None
-) -> _Pieces:
-    if request.token_ids is not None:
-        return _token_pieces(request.token_ids, size)
-    if request.has_text:
-        return _text_pieces(request, size) if encode is None else _token_pieces(encode(request), size)
-    if request.hash_ids is not None:
-        return _hash_pieces(request, hash_size)
-    length = max(0, request.input_length or 0)
-    own = b"only" + number.to_bytes(8, "little")
-    return _Pieces(((own, min(size, length - at)) for at in range(0, length, size)), length)
-
-
-def _token_pieces(ids: Sequence[int], size: int) -> _Pieces:
-    data = np.asarray(ids, dtype=np.int64).tobytes()
-    step = 8 * size
-    return _Pieces(
-        ((data[at : at + step], min(step, len(data) - at) // 8) for at in range(0, len(data), step)), len(ids)
-    )
-
-
-def _text_pieces(request: WorkloadRequest, size: int) -> _Pieces:
-    text = transcript(request)
-    step = CHARACTERS_PER_TOKEN * size
-    cuts = (text[at : at + step] for at in range(0, len(text), step))
-    contents = ((cut.encode("utf-8", "surrogatepass"), -(-len(cut) // CHARACTERS_PER_TOKEN)) for cut in cuts)
-    return _Pieces(contents, -(-len(text) // CHARACTERS_PER_TOKEN), is_estimated=True)
-
-
-def _hash_pieces(request: WorkloadRequest, hash_size: int | None) -> _Pieces:
-    ids = request.hash_ids or ()
-    length = request.input_length or 0
-    if request.hash_lengths is not None:
-        lengths = request.hash_lengths
-    elif hash_size is not None:
-        lengths = [max(0, min(hash_size, length - at)) for at in range(0, len(ids) * hash_size, hash_size)]
-    else:
-        raise UsageError("a workload with hash ids needs a block_size: how many tokens one id stands for")
-    # Chunks of one id and two lengths would break the cut, so the length is part of the content.
-    contents = ((b"%d:%d" % (i, held), held) for i, held in zip(ids, lengths, strict=True) if held)
-    return _Pieces(contents, max(length, sum(lengths)))
+def _check_references(total: int, size: int) -> None:
+    if total > _MAX_REFERENCES:
+        raise UsageError(
+            f"blocks of {size} tokens make {total:,} references of this trace, more than "
+            f"{_MAX_REFERENCES:,}; use a larger block size or a part of the trace"
+        )
 
 
 def _recut(source: _Segments, size: int) -> _Segments:
@@ -281,11 +230,7 @@ def _recut(source: _Segments, size: int) -> _Segments:
     counts = np.where(covered == source.prompt, -(-covered // size), covered // size)
     start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     total = int(start[-1])
-    if total > _MAX_REFERENCES:
-        raise UsageError(
-            f"blocks of {size} tokens make {total:,} references of this trace, more than "
-            f"{_MAX_REFERENCES:,}; use a larger block size or a part of the trace"
-        )
+    _check_references(total, size)
     name_ends = _FullBlockNames.of(source, covered, size)
     ids = np.empty(total, dtype=np.int64)
     tokens = np.full(total, size, dtype=np.int64)

@@ -4,10 +4,11 @@ inverse for everything a request holds. Lone surrogates survive (JSON escapes)."
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final, cast
 
 from kvtune.errors import UsageError
 from kvtune.workload.formats.record import Format
@@ -68,18 +69,25 @@ def _tags(row: Row) -> dict[str, str]:
 
 
 def write_workload(workload: Workload, path: str | Path) -> None:
-    """Write a workload as kvtune JSONL. Raises UsageError when the file cannot be written."""
+    """Write a workload as kvtune JSONL, packed where the name ends in .gz. Raises UsageError when the file
+    cannot be written."""
     header = {
         HEADER: VERSION, "block_size": workload.block_size, "is_synthetic_text": workload.is_synthetic_text,
         "source_format": workload.format, "source_sha256": workload.sha256, "notes": list(workload.notes),
     }  # fmt: skip
     try:
-        with Path(path).open("w", encoding="ascii") as file:
-            file.write(json.dumps(header) + "\n")
+        with _open(Path(path)) as file:
+            file.write(json.dumps(header).encode("ascii") + b"\n")
             for request in workload.requests:
-                file.write(json.dumps(_record(request)) + "\n")
+                file.write(json.dumps(_record(request)).encode("ascii") + b"\n")
     except OSError as error:
         raise UsageError(f"{path}: cannot be written: {error.strerror}; choose another file") from error
+
+
+def _open(path: Path) -> IO[bytes]:
+    if path.suffix != ".gz":
+        return path.open("wb")
+    return cast("IO[bytes]", gzip.open(path, "wb", compresslevel=6))
 
 
 def _record(request: WorkloadRequest) -> dict[str, Any]:
