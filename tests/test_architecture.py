@@ -16,7 +16,7 @@ TENSOR_FREE = (
     "kvtune", "kvtune.types", "kvtune.config", "kvtune.spec", "kvtune.target", "kvtune.recipe", "kvtune.plan",
     "kvtune.workload", "kvtune.predict", "kvtune.cache", "kvtune.sched", "kvtune.report", "kvtune.quality",
     "kvtune.tune", "kvtune.cli.main", "kvtune.cli.plan", "kvtune.cli.trace", "kvtune.cli.tune",
-    "kvtune.cli.emit", "kvtune.cli.bench", "kvtune.cli.doctor",
+    "kvtune.cli.emit", "kvtune.cli.bench", "kvtune.cli.doctor", "kvtune.cli.simulate", "kvtune.cache.replay",
 )  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def test_errors_under_json_are_exactly_one_object_on_stdout() -> None:
 def test_help_names_every_verb() -> None:
     result = kvtune_command("--help")
     assert result.returncode == 0
-    for verb in ("plan", "trace", "tune", "emit", "bench", "doctor"):
+    for verb in ("plan", "trace", "simulate", "tune", "emit", "bench", "doctor"):
         assert verb in result.stdout
 
 
