@@ -19,6 +19,7 @@ ORACLE: Final = "optimal_pinned"
 SHARES_OF_UNIQUE: Final = (0.001, 0.005, 0.01, 0.05, 0.10, 0.25, 0.50)
 _COST: Final = {"lru": 1, "fifo": 1, "lfu": 2, "optimal": 8, "optimal_pinned": 8}
 _COST_OF_OTHERS: Final = 60
+_COST_OF_CURVE: Final = 3
 """Rough relative times of a reference, for the time left alone."""
 
 
@@ -77,8 +78,9 @@ def study(
 ) -> Study:
     """Replay `policies` at `capacities`, beside LRU and the oracle. `progress` is told (share done, what)."""
     runs = [(policy, capacity) for capacity in capacities for policy in dict.fromkeys((*policies, ORACLE))]
-    work = _Work([_COST.get(policy, _COST_OF_OTHERS) for policy, _ in runs], progress)
-    lru = _LRU(replayer)
+    costs = [_COST.get(policy, _COST_OF_OTHERS) for policy, _ in runs]
+    work = _Work([_COST_OF_CURVE, *costs], progress)
+    lru = _LRU(replayer, work.next("lru, every size"))
     found: dict[tuple[str, int | None], ReplayResult] = {}
     for policy, capacity in runs:
         size = "unbounded" if capacity is None else f"{capacity:,} blocks"
@@ -131,9 +133,11 @@ class _Work:
 class _LRU:
     """LRU at any capacity: read off the curve, or, for an engine's rules, replayed."""
 
-    def __init__(self, replayer: Replayer) -> None:
+    def __init__(self, replayer: Replayer, progress: Progress | None) -> None:
         self._replayer = replayer
-        self.curve: LRUCurve | None = None if replayer.full_blocks_only else replayer.lru_curve()
+        self.curve: LRUCurve | None = None
+        if not replayer.full_blocks_only:
+            self.curve = replayer.lru_curve(progress=progress)
 
     def at(self, capacity: int | None) -> Hits:
         if self.curve is None:

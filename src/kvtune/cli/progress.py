@@ -13,6 +13,8 @@ __all__ = ["TimeLeft"]
 QUIET_S: Final = 2.0
 _REDRAW_S: Final = 0.2
 _LINE_S: Final = 10.0
+_ENOUGH: Final = 0.01
+"""Share that must be done before the time left is more than a guess."""
 
 
 class TimeLeft:
@@ -38,7 +40,7 @@ class TimeLeft:
 
     def __call__(self, share: float, what: str) -> None:
         elapsed = self._clock() - self._begin
-        if elapsed < self._next_s or share <= 0 or sys.stderr is None:
+        if elapsed < self._next_s or share < _ENOUGH or sys.stderr is None:
             return
         self._next_s = elapsed + (_REDRAW_S if self._is_terminal else _LINE_S)
         minutes, seconds = divmod(round(elapsed * (1 / min(1.0, share) - 1)), 60)
