@@ -233,5 +233,5 @@ def test_changes_that_cannot_be_read_are_usage_errors(text: str) -> None:
 
 
 def test_a_codec_the_engine_does_not_have_is_a_usage_error() -> None:
-    with pytest.raises(UsageError, match="fp8"):
-        only(MIXED, "codec=fp8")
+    with pytest.raises(UsageError, match="nvfp4"):
+        only(MIXED, "codec=nvfp4")

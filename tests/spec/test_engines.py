@@ -14,6 +14,7 @@ from kvtune.spec import (
     allocator_bytes,
     growth_bytes_per_token,
     kv_format,
+    layer_state_bytes,
     logical_bytes,
 )
 from kvtune.spec.engines import vllm_pages
@@ -56,6 +57,23 @@ def test_a_short_prompt_on_a_hybrid_pays_a_whole_inflated_block() -> None:
     kv = kv_format("vllm", "fp8", spec)
     page = 8_320 * 2 * 128 * 2
     assert allocator_bytes(spec, 12, kv, "vllm", Paging()) == 3 * page  # 1 attention + 2 state pages
+
+
+def test_vllm_keeps_recurrent_states_in_the_checkpoints_type_unless_told_otherwise() -> None:
+    """What `mamba_ssm_cache_dtype` auto means in its 0.32; float32 for Nemotron-H and Kimi's KDA."""
+    elements = {"Qwen3-Next-80B-A3B-Instruct": 2, "Jamba-v0.1": 2, "Falcon-H1-7B-Instruct": 2,
+                "granite-4.0-h-small": 2, "Qwen3.5-27B": 4, "NVIDIA-Nemotron-3-Nano-30B-A3B-BF16": 4,
+                "Kimi-Linear-48B-A3B-Instruct": 4}  # fmt: skip
+    for model, size in elements.items():
+        spec = spec_of(model)
+        layer = next(layer for layer in spec.layers if layer.state_bytes)
+        kept = layer_state_bytes(layer, kv_format("vllm", "bf16", spec))
+        assert kept == layer.state_elements * size + layer.conv_elements * 2, model
+        assert layer_state_bytes(layer, kv_format("sglang", "bf16", spec)) == layer.state_bytes
+    qwen = spec_of("Qwen3-Next-80B-A3B-Instruct")
+    state = 32 * 128 * 128 * 2 + (2 * 16 * 128 + 32 * 128) * 3 * 2
+    block = vllm_pages(qwen, 1, kv_format("vllm", "bf16", qwen), Paging())[0].block_size
+    assert block == 16 * -(-state // (16 * 2 * 2 * 256 * 2))
 
 
 def test_vllm_keeps_a_window_plus_one_step_and_one_block() -> None:

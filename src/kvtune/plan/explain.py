@@ -13,6 +13,7 @@ from kvtune.spec import (
     LayerKind,
     LayerSpec,
     ModelSpec,
+    layer_state_bytes,
     layer_token_bytes,
 )
 
@@ -47,13 +48,13 @@ def _per_token(spec: ModelSpec, kv: KVFormat) -> Iterator[str]:
             yield f"  of the last {first.window:,} tokens: {format_bytes(count * per_token * first.window)}"
         else:
             growing += count * per_token
-        if first.state_bytes:
-            kept += count * first.state_bytes
-            state = (
-                f"{first.state_elements:,} x {first.state_element_bytes} B + {first.conv_elements:,} x 2 B"
-            )
-            size = f"{format_bytes(count * first.state_bytes)} per sequence"
-            yield f"{first.state_kind}: {count} layers x ({state}) = {size}"
+        state = layer_state_bytes(first, kv)
+        if state:
+            kept += count * state
+            element = (state - 2 * first.conv_elements) // max(1, first.state_elements)
+            each = f"{first.state_elements:,} x {element} B + {first.conv_elements:,} x 2 B"
+            size = f"{format_bytes(count * state)} per sequence"
+            yield f"{first.state_kind}: {count} layers x ({each}) = {size}"
     yield f"growth = {growing:,} B per token; fixed = {format_bytes(kept)} per sequence"
 
 
@@ -61,7 +62,7 @@ def _alike(spec: ModelSpec, kv: KVFormat) -> list[list[LayerSpec]]:
     """Layers of the same geometry, bytes and state, in order of first appearance."""
     groups: dict[tuple[object, ...], list[LayerSpec]] = {}
     for layer in spec.layers:
-        key = (*layer.geometry, layer_token_bytes(layer, kv), layer.state_bytes)
+        key = (*layer.geometry, layer_token_bytes(layer, kv), layer_state_bytes(layer, kv))
         groups.setdefault(key, []).append(layer)
     return [g for g in groups.values() if g[0].kind not in (LayerKind.NONE, LayerKind.SHARED)]
 

@@ -30,6 +30,7 @@ from kvtune.spec import (
     fixed_bytes_per_sequence,
     growth_bytes_per_token,
     kv_format,
+    layer_state_bytes,
     layer_token_bytes,
     valid_tensor_parallel,
 )
@@ -168,7 +169,7 @@ def plan_model(
 
 def _layer_rows(spec: ModelSpec, kv: KVFormat) -> tuple[LayerRow, ...]:
     def key(layer: LayerSpec) -> tuple[Any, ...]:
-        return (*layer.geometry, layer_token_bytes(layer, kv), layer.state_bytes)
+        return (*layer.geometry, layer_token_bytes(layer, kv), layer_state_bytes(layer, kv))
 
     counts: dict[tuple[Any, ...], int] = {}
     for layer in spec.layers:

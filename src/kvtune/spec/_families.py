@@ -159,13 +159,15 @@ class Family:
 
     `full_overrides`: geometry field -> field that replaces it in full-attention layers.
     `gated_overrides`: those of them that count only where the named flag is set.
-    `beside`: a recurrent kind that every attention layer holds as well (Falcon-H1).
+    `state_dtype`: the type of recurrent states that every engine keeps for this family. `beside`: a recurrent
+    kind that every attention layer holds as well (Falcon-H1).
     """
 
     pattern: PatternRule = _all_full
     attention: LayerKind = LayerKind.FULL
     recurrent: LayerKind | None = None
     beside: LayerKind | None = None
+    state_dtype: str | None = None
     layer_types_field: str = "layer_types"
     aliases: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict[str, str | tuple[str, ...]])
     defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -282,7 +284,7 @@ _MAMBA2_NAMES: Final = {
 _KIMI_HEADS = ("linear_num_heads", "linear_attn_config.num_heads")
 _KIMI_DIM = ("linear_head_dim", "linear_attn_config.head_dim")
 _KIMI_LINEAR = Family(
-    pattern=_kimi_layers, attention=LayerKind.MLA, recurrent=LayerKind.LINEAR,
+    pattern=_kimi_layers, attention=LayerKind.MLA, recurrent=LayerKind.LINEAR, state_dtype="float32",
     aliases={
         "linear_num_key_heads": _KIMI_HEADS, "linear_num_value_heads": _KIMI_HEADS,
         "linear_key_head_dim": _KIMI_DIM, "linear_value_head_dim": _KIMI_DIM,
@@ -352,6 +354,7 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType({
     ),
     "nemotron_h": Family(
         pattern=_letters, recurrent=LayerKind.MAMBA2, layer_types_field="layers_block_type",
+        state_dtype="float32",
         aliases={
             "head_dim": "attention_head_dim", "n_groups": "mamba_n_groups", "conv_kernel": "mamba_d_conv",
         },

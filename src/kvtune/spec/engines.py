@@ -19,6 +19,7 @@ from kvtune.spec.sizing import (
     KVFormat,
     first_block_bytes,
     group_block_bytes,
+    layer_state_bytes,
     layer_token_bytes,
 )
 
@@ -87,7 +88,8 @@ class Paging:
 
 
 def kv_format(engine: str, kv_dtype: str, spec: ModelSpec) -> KVFormat:
-    """Storage that `--kv-dtype kv_dtype` means in an engine; `auto` is the checkpoint's own type.
+    """Storage that `--kv-dtype kv_dtype` means in an engine; `auto` is the checkpoint's own type. vLLM keeps
+    recurrent states in the checkpoint's type too, unless the config or the model says otherwise.
 
     UsageError where that engine has no such KV cache.
     """
@@ -104,7 +106,10 @@ def kv_format(engine: str, kv_dtype: str, spec: ModelSpec) -> KVFormat:
         )
     if engine == "vllm" and kv_dtype == "fp8" and has_index:
         return _both(_FP8_DS_MLA)
-    return _FORMATS[engine][kv_dtype]
+    known_format = _FORMATS[engine][kv_dtype]
+    if engine != "vllm":
+        return known_format
+    return dataclasses.replace(known_format, state_element_bytes=4 if spec.dtype == "fp32" else 2)
 
 
 def kv_formats(engine: str, spec: ModelSpec) -> tuple[str, ...]:
@@ -191,8 +196,8 @@ def _rank_group(group: KVGroup, tp: int) -> KVGroup:
     return dataclasses.replace(group, num_kv_heads=-(-group.num_kv_heads // tp))
 
 
-def _rank_state_bytes(layer: LayerSpec, tp: int) -> int:
-    return -(-layer.state_bytes // tp)
+def _rank_state_bytes(layer: LayerSpec, kv: KVFormat, tp: int) -> int:
+    return -(-layer_state_bytes(layer, kv) // tp)
 
 
 def _token_bytes(spec: ModelSpec, group: KVGroup, kv: KVFormat, tp: int) -> int:
@@ -220,11 +225,11 @@ def _paged(spec: ModelSpec, group: KVGroup, kv: KVFormat, paging: Paging, block_
     )
 
 
-def _state_terms(spec: ModelSpec, tp: int, align: int) -> list[AllocatorTerm]:
+def _state_terms(spec: ModelSpec, kv: KVFormat, tp: int, align: int) -> list[AllocatorTerm]:
     """Recurrent layers whose state lies in arrays of its own, by kind."""
     terms: list[AllocatorTerm] = []
     for kind in dict.fromkeys(layer.state_kind for layer in spec.layers if layer.state_bytes):
-        sizes = [_rank_state_bytes(layer, tp) for layer in spec.layers if layer.state_kind is kind]
+        sizes = [_rank_state_bytes(layer, kv, tp) for layer in spec.layers if layer.state_kind is kind]
         allocated = sum(-(-size // align) * align for size in sizes)
         terms.append(
             AllocatorTerm(
@@ -237,7 +242,7 @@ def _state_terms(spec: ModelSpec, tp: int, align: int) -> list[AllocatorTerm]:
 
 def _kvtune(spec: ModelSpec, kv: KVFormat, paging: Paging) -> tuple[AllocatorTerm, ...]:
     """Packed blocks, one table per group; state arrays start on a cache line."""
-    terms = _state_terms(spec, paging.tp, BLOCK_ALIGN)
+    terms = _state_terms(spec, kv, paging.tp, BLOCK_ALIGN)
     for whole in spec.kv_groups():
         group = _rank_group(whole, paging.tp)
         body = group_block_bytes(group, kv.names, paging.block_size)
@@ -252,7 +257,7 @@ def _kvtune(spec: ModelSpec, kv: KVFormat, paging: Paging) -> tuple[AllocatorTer
 
 def _grouped(spec: ModelSpec, kv: KVFormat, paging: Paging) -> tuple[AllocatorTerm, ...]:
     """Whole blocks per layer group, nothing else."""
-    terms = _state_terms(spec, paging.tp, 1)
+    terms = _state_terms(spec, kv, paging.tp, 1)
     for group in spec.kv_groups():
         per_token = _token_bytes(spec, group, kv, paging.tp)
         terms.append(_paged(spec, group, kv, paging, paging.block_size * per_token))
@@ -283,7 +288,7 @@ def _vllm(spec: ModelSpec, kv: KVFormat, paging: Paging) -> tuple[AllocatorTerm,
                 )
             )
             continue
-        states = sum(_rank_state_bytes(layer, paging.tp) for layer in spec.layers)
+        states = sum(_rank_state_bytes(layer, kv, paging.tp) for layer in spec.layers)
         terms.append(
             AllocatorTerm(
                 kind=bucket.kind, num_layers=bucket.num_layers, padded_layers=padded,
@@ -317,7 +322,7 @@ def vllm_pages(spec: ModelSpec, num_tokens: int, kv: KVFormat, paging: Paging) -
     (B' = B ceil(state / (B t)), t bytes per token and layer), which takes one page. Windows: pages of
     smaller layers grow in tokens where they divide the largest page, else they are padded to it.
     """
-    states = [_rank_state_bytes(layer, paging.tp) for layer in spec.layers if layer.state_bytes]
+    states = [_rank_state_bytes(layer, kv, paging.tp) for layer in spec.layers if layer.state_bytes]
     groups = spec.kv_groups()
     per_token = [layer_token_bytes(spec.layers[g.layers[0]], kv, tp=paging.tp) for g in groups]
     block_size = paging.block_size

@@ -29,8 +29,9 @@ class LayerSpec:
     kept (None: all; for chunked attention the chunk). MLA: `k_head_dim` is the latent plus its RoPE part
     (`latent_dim` + `rope_dim`), one head, no V; `index_bytes` per token come on top (DeepSeek-V3.2's fp8
     index). Recurrent layers: `state_elements` of `state_element_bytes` and `conv_elements` of 16 bits per
-    sequence, in `state_heads` heads that tensor parallelism splits (0: channels). `beside` names the
-    recurrent kind of a layer that does attention as well (Falcon-H1).
+    sequence, in `state_heads` heads that tensor parallelism splits (0: channels); `state_type_is_open`: the
+    config leaves the elements' type to the engine. `beside` names the recurrent kind of a layer that does
+    attention as well (Falcon-H1).
     `shared_with` is the layer whose KV a shared layer reads.
     """
 
@@ -48,6 +49,7 @@ class LayerSpec:
     state_element_bytes: int = 0
     conv_elements: int = 0
     state_heads: int = 0
+    state_type_is_open: bool = False
     beside: LayerKind | None = None
 
     @property
@@ -58,7 +60,12 @@ class LayerSpec:
     @property
     def state_bytes(self) -> int:
         """Bytes of recurrent state per sequence, whatever its length."""
-        return self.state_elements * self.state_element_bytes + self.conv_elements * 2
+        return self.state_bytes_as(None)
+
+    def state_bytes_as(self, element_bytes: int | None) -> int:
+        """The same in an engine that keeps elements whose type is open in `element_bytes`."""
+        own = element_bytes if element_bytes is not None and self.state_type_is_open else None
+        return self.state_elements * (own or self.state_element_bytes) + self.conv_elements * 2
 
     @property
     def geometry(self) -> tuple[LayerKind, int, int, int, int | None]:
@@ -297,16 +304,19 @@ def _latent(fields: Fields, _family: Family, _kind: LayerKind) -> Values:
     }  # fmt: skip
 
 
-def _state_element_bytes(fields: Fields) -> int:
-    name = fields.text("mamba_ssm_dtype") or fields.text("mamba_ssm_cache_dtype") or "float32"
+def _state_type(fields: Fields, family: Family) -> Values:
+    """Bytes per element of a recurrent state: what the config says, else what the family always takes, else
+    float32, and then open to the engine."""
+    stated = fields.text("mamba_ssm_dtype") or fields.text("mamba_ssm_cache_dtype") or family.state_dtype
+    name = stated or "float32"
     if name not in _STATE_DTYPE_BYTES:
         raise UnsupportedModelError(
             f"config field 'mamba_ssm_dtype': {show(name)} is unknown; known: {', '.join(_STATE_DTYPE_BYTES)}"
         )
-    return _STATE_DTYPE_BYTES[name]
+    return {"state_element_bytes": _STATE_DTYPE_BYTES[name], "state_type_is_open": stated is None}
 
 
-def _gated_delta(fields: Fields, _family: Family, _kind: LayerKind) -> Values:
+def _gated_delta(fields: Fields, family: Family, _kind: LayerKind) -> Values:
     """Gated delta net (Qwen3-Next): a key x value matrix per value head, and a short convolution."""
     key_heads = fields.number("linear_num_key_heads", MAX_HEADS)
     value_heads = fields.number("linear_num_value_heads", MAX_HEADS)
@@ -316,22 +326,22 @@ def _gated_delta(fields: Fields, _family: Family, _kind: LayerKind) -> Values:
     return {
         "state_heads": value_heads,
         "state_elements": value_heads * key_dim * value_dim,
-        "state_element_bytes": _state_element_bytes(fields),
+        **_state_type(fields, family),
         "conv_elements": (2 * key_heads * key_dim + value_heads * value_dim) * taps,
     }
 
 
-def _mamba1(fields: Fields, _family: Family, _kind: LayerKind) -> Values:
+def _mamba1(fields: Fields, family: Family, _kind: LayerKind) -> Values:
     """Mamba-1 (Jamba): `mamba_d_state` values per inner channel, and a short convolution."""
     inner = fields.number("mamba_expand", MAX_HEADS) * fields.number("hidden_size", MAX_DIM)
     return {
         "state_elements": inner * fields.number("mamba_d_state", MAX_DIM),
-        "state_element_bytes": _state_element_bytes(fields),
+        **_state_type(fields, family),
         "conv_elements": inner * (fields.number("mamba_d_conv", MAX_HEADS) - 1),
     }
 
 
-def _mamba2(fields: Fields, _family: Family, _kind: LayerKind) -> Values:
+def _mamba2(fields: Fields, family: Family, _kind: LayerKind) -> Values:
     """Mamba-2 (Nemotron-H): head dim x state values per head, and a convolution over x, B and C."""
     heads = fields.number("mamba_num_heads", MAX_HEADS)
     inner = heads * fields.number("mamba_head_dim", MAX_DIM)
@@ -340,7 +350,7 @@ def _mamba2(fields: Fields, _family: Family, _kind: LayerKind) -> Values:
     return {
         "state_heads": heads,
         "state_elements": inner * state,
-        "state_element_bytes": _state_element_bytes(fields),
+        **_state_type(fields, family),
         "conv_elements": channels * (fields.number("conv_kernel", MAX_HEADS) - 1),
     }
 

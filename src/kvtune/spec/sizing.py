@@ -22,6 +22,7 @@ __all__ = [
     "fixed_bytes_per_sequence",
     "group_block_bytes",
     "growth_bytes_per_token",
+    "layer_state_bytes",
     "layer_token_bytes",
     "logical_bytes",
     "split_budget",
@@ -33,13 +34,17 @@ CodecsOf = Callable[[int], tuple[str, str]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVFormat:
-    """How K and V are stored, for all layers and, in `overrides`, for single layers (model layer index)."""
+    """How K and V are stored, for all layers and, in `overrides`, for single layers (model layer index).
+
+    `state_element_bytes`: how the engine keeps recurrent states whose type a config leaves open.
+    """
 
     k: CodecStorage
     v: CodecStorage
     overrides: Mapping[int, tuple[CodecStorage, CodecStorage]] = field(
         default_factory=dict[int, tuple[CodecStorage, CodecStorage]]
     )
+    state_element_bytes: int | None = None
 
     @classmethod
     def of(cls, k_codec: str, v_codec: str | None = None) -> Self:
@@ -68,6 +73,11 @@ def layer_token_bytes(layer: LayerSpec, kv: KVFormat, *, tp: int = 1) -> int:
     return heads * (k.head_bytes(layer.k_head_dim) + v.head_bytes(layer.v_head_dim)) if heads else 0
 
 
+def layer_state_bytes(layer: LayerSpec, kv: KVFormat) -> int:
+    """Bytes of recurrent state one sequence takes in one layer."""
+    return layer.state_bytes_as(kv.state_element_bytes)
+
+
 def growth_bytes_per_token(spec: ModelSpec, kv: KVFormat) -> int:
     """Logical bytes each further token adds once all windows are full."""
     return sum(layer_token_bytes(layer, kv) for layer in spec.layers if layer.window is None)
@@ -76,16 +86,20 @@ def growth_bytes_per_token(spec: ModelSpec, kv: KVFormat) -> int:
 def fixed_bytes_per_sequence(spec: ModelSpec, kv: KVFormat) -> int:
     """Logical bytes of a long sequence that do not grow with it: full windows and recurrent state."""
     windows = sum((layer.window or 0) * layer_token_bytes(layer, kv) for layer in spec.layers)
-    return windows + sum(layer.state_bytes for layer in spec.layers)
+    return windows + _state_bytes(spec, kv)
 
 
 def logical_bytes(spec: ModelSpec, num_tokens: int, kv: KVFormat) -> int:
     """Bytes of elements, scales and recurrent state of one sequence of `num_tokens` tokens."""
-    total = sum(layer.state_bytes for layer in spec.layers)
+    total = _state_bytes(spec, kv)
     for layer in spec.layers:
         kept = num_tokens if layer.window is None else min(num_tokens, layer.window)
         total += kept * layer_token_bytes(layer, kv)
     return total
+
+
+def _state_bytes(spec: ModelSpec, kv: KVFormat) -> int:
+    return sum(layer_state_bytes(layer, kv) for layer in spec.layers)
 
 
 def _aligned(size: int) -> int:
