@@ -211,6 +211,7 @@ def change(name: str, expected: float, *, second: bool = False) -> dict[str, Any
         "second_memory_share": 0.396 if second else 0.0,
         "gain_expected": expected,
         "gain_guaranteed": 4.5,
+        "hit_rate": None if second else 0.061,
     }
 
 
@@ -304,7 +305,7 @@ def plan_record() -> dict[str, Any]:
                 change("codec=int4", 3.77),
             ],
             "reuse": {"engine_hit_rate": 0.373, "unique_bytes": 11_887_629_041_664},
-            "tiers": [{"name": "host", "size_bytes": 2**38, "share": 0.023}],
+            "levels": [{"name": "KV budget", "size_bytes": 58_760_722_841, "token_hit_rate": 0.0447}],
             "findings": [],
             "notes": ["format: mooncake"],
             "cache": cache_record(),

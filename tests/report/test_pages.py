@@ -142,6 +142,8 @@ def test_the_plan_page_shows_contexts_cards_and_changes() -> None:
     assert shown["context.8192.allocator_bytes"][0] == 1_090_519_040
     assert shown["card.0.held.8192"][0] == 54
     assert shown["change.2.gain_expected"][0] == 3.77
+    assert shown["change.2.hit_rate"] == (0.061, "6.1 %")
+    assert shown["level.0.token_hit_rate"][0] == 0.0447
 
 
 def test_a_warning_comes_before_a_remark() -> None:

@@ -21,6 +21,7 @@ def as_text(record: dict[str, Any], *, most_tenants: int) -> str:
         "",
         "Hit blocks, of all prompt blocks",
         *_hits_table(record),
+        *_curve(record),
         "",
         "What would lift lru, in points of hit rate",
         *_what_if_table(record),
@@ -28,6 +29,13 @@ def as_text(record: dict[str, Any], *, most_tenants: int) -> str:
     if len(record["tenants"]) > 1:
         lines += ["", *_tenants_table(record, most_tenants)]
     return "\n".join([*lines, "", *(f"- {note}" for note in record["notes"])]).rstrip()
+
+
+def _curve(record: dict[str, Any]) -> list[str]:
+    from kvtune.report.terminal import curve_lines
+
+    lines = curve_lines(record)
+    return ["", "Hit blocks of lru by cache size", *lines] if lines else []
 
 
 def _sizes(record: dict[str, Any]) -> list[str]:

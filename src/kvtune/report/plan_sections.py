@@ -38,25 +38,23 @@ def plan_answer(plan: Mapping[str, Any]) -> Section:
         ("KV bytes per sequence", cell(find(plan, "kv.fixed_bytes_per_sequence"), "bytes", test_id="fixed")),
     ]
     capacity = [as_mapping(row) for row in as_sequence(plan.get("capacity"))]
-    if capacity:
+    if len(capacity) == 1:  # one card was named, so it is what the reader asked about
         row = capacity[0]
         name = f"{row.get('num_gpus', 1)} x {row.get('gpu')}"
         cards.append((f"KV budget, {name}", cell(row.get("kv_budget_bytes"), "bytes", test_id="kv_budget")))
         cards.append(("longest sequence, tokens", cell(row.get("max_tokens"), test_id="max_tokens")))
         for context, held in as_mapping(row.get("max_concurrency")).items():
             cards.append((f"held at {_tokens(context)}", cell(held, test_id=f"held.{context}")))
-    trace = as_mapping(plan.get("trace"))
-    if trace:
-        cards.append(
-            ("held of this trace, mean", cell(find(trace, "today.expected"), test_id="trace.expected"))
-        )
+    expected = find(plan, "trace.today.expected")
+    if expected is not None:
+        cards.append(("held of this trace, mean", cell(expected, test_id="trace.expected")))
     return Section("Answer", (Paragraph(_sentence(plan, capacity)), Facts(tuple(cards), is_headline=True)))
 
 
 def _sentence(plan: Mapping[str, Any], capacity: Sequence[Mapping[str, Any]]) -> str:
     growth = show_number(number(find(plan, "kv.growth_bytes_per_token")) or 0, "bytes")
     text = f"One token costs {growth} in {plan.get('engine')}, blocks of {plan.get('block_size')}."
-    for row in capacity[:1]:
+    for row in capacity if len(capacity) == 1 else ():
         held = as_mapping(row.get("max_concurrency"))
         for context, count in list(held.items())[:1]:
             card = f"{row.get('num_gpus', 1)} x {row.get('gpu')}"
@@ -240,14 +238,15 @@ def _trace_facts(trace: Mapping[str, Any]) -> Facts:
         ("held, mean", cell(today.get("expected"))),
         ("held, guaranteed", cell(today.get("guaranteed"), test_id="trace.guaranteed")),
     ]
+    items = [(name, shown) for name, shown in items if shown.raw is not None]
     reuse = as_mapping(trace.get("reuse"))
     if reuse:
         items.append(("prompt tokens an endless cache would hit", rate_cell(reuse.get("engine_hit_rate"))))
         items.append(("everything ever cached", cell(reuse.get("unique_bytes"), "bytes")))
-    items += [
-        (f"of it in the {tier.get('name')} tier", rate_cell(tier.get("share")))
-        for tier in (as_mapping(row) for row in as_sequence(trace.get("tiers")))
-    ]
+    for index, level in enumerate(as_mapping(row) for row in as_sequence(trace.get("levels"))):
+        size = show_number(number(level.get("size_bytes")) or 0, "bytes")
+        name = f"prompt tokens hit in {level.get('name')} of {size}, kept for prefixes alone"
+        items.append((name, rate_cell(level.get("token_hit_rate"), test_id=f"level.{index}.token_hit_rate")))
     return Facts(tuple(items))
 
 
@@ -268,6 +267,7 @@ def _gain_figure(changes: Sequence[Mapping[str, Any]]) -> Intervals:
 
 
 def _change_table(changes: Sequence[Mapping[str, Any]]) -> Table:
+    has_hits = any(row.get("hit_rate") is not None for row in changes)
     rows = tuple(
         (
             Cell(str(row.get("change"))),
@@ -276,12 +276,14 @@ def _change_table(changes: Sequence[Mapping[str, Any]]) -> Table:
             cell(find(row, "main.mean_bytes"), "bytes"),
             cell(row.get("gain_expected"), "ratio", test_id=f"change.{index}.gain_expected"),
             cell(row.get("gain_guaranteed"), "ratio", test_id=f"change.{index}.gain_guaranteed"),
+            *((rate_cell(row.get("hit_rate"), test_id=f"change.{index}.hit_rate"),) if has_hits else ()),
             Cell(_second_pool(row)),
         )
         for index, row in enumerate(changes)
     )
-    headers = ("change", "requests touched", "tokens lost", "mean request", "held, mean", "held, guaranteed",
-               "second pool")  # fmt: skip
+    hits = ("prompt tokens hit, all of it prefix cache",) if has_hits else ()
+    first = ("change", "requests touched", "tokens lost", "mean request", "held, mean", "held, guaranteed")
+    headers = (*first, *hits, "second pool")
     return Table("Each change alone, in the same memory", headers, rows)
 
 
