@@ -83,7 +83,13 @@ def cache(
     policies = _policies(policy)
     if html is not None and not html.absolute().parent.is_dir():
         raise UsageError(f"--html {html}: there is no folder {html.absolute().parent}; create it first")
-    workload = load_workload(trace, format=format_, trace_block_size=trace_block_size)
+    with TimeLeft() as progress:
+        workload = load_workload(
+            trace,
+            format=format_,
+            trace_block_size=trace_block_size,
+            progress=lambda share: progress(share, f"reading {trace.name}"),
+        )
     blocks = block_trace(workload, block_size)
     block_bytes = _block_bytes(blocks.block_size, model, kv_dtype, bytes_per_token)
     capacities = _capacities(capacity, blocks.num_unique, block_bytes)
