@@ -29,7 +29,7 @@ from kvtune.errors import InputFileError, UsageError
 from kvtune.sched.shape import CALIBRATION_VERSION, SHAPE_COLUMNS, ShapeRows
 from kvtune.sim.nnls import nonnegative_least_squares
 
-__all__ = ["CostModel", "FitError", "FittedCost", "RooflineCost", "load_calibration"]
+__all__ = ["CostModel", "FitError", "FittedCost", "RooflineCost", "load_calibration", "median_by_shape"]
 
 Floats = npt.NDArray[np.float64]
 ROW_KNOTS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -131,7 +131,7 @@ class FittedCost:
         disturbs a step only ever makes it longer: the curve is raised until the measured total is met.
         UsageError where there are too few shapes.
         """
-        grid, medians = _median_by_shape(shapes, seconds)
+        grid, medians = median_by_shape(shapes, seconds)
         if len(grid) < _MIN_SAMPLES:
             raise UsageError(
                 f"a cost model needs at least {_MIN_SAMPLES} distinct batch shapes, found {len(grid)}; "
@@ -278,12 +278,8 @@ def load_calibration(path: Path) -> FittedCost:
         )
     if shapes.ndim != 2 or shapes.shape[1] != len(SHAPE_COLUMNS) or seconds.shape != (len(shapes),):
         raise InputFileError(f"{path}: {seconds.size} times do not belong to shapes {list(shapes.shape)}")
-    if not (
-        np.isfinite(shapes).all()
-        and (shapes >= 0).all()
-        and (seconds > 0).all()
-        and np.isfinite(seconds).all()
-    ):
+    figures = (shapes, seconds, submissions)
+    if not all(np.isfinite(f).all() and (f >= 0).all() for f in figures) or not (seconds > 0).all():
         raise InputFileError(f"{path}: holds a negative or infinite figure; calibrate again")
     return FittedCost.fit(shapes, seconds, submissions=submissions, facts=facts)
 
@@ -348,13 +344,13 @@ def _held_out(shapes: ShapeRows) -> npt.NDArray[np.bool_]:
     return (composition % _HOLD_OUT == _HOLD_OUT // 2) & (composition < composition.max())
 
 
-def _median_by_shape(shapes: ShapeRows, seconds: Floats) -> tuple[ShapeRows, Floats]:
+def median_by_shape(shapes: ShapeRows, seconds: Floats) -> tuple[ShapeRows, Floats]:
     """Median shape and time of steps that are alike, in order of shape so that holding out is even."""
     exact = shapes[:, :4]
     coarse = np.round(16 * np.log2(1.0 + shapes[:, 4:] / 4096.0))
     _, group = np.unique(np.concatenate((exact, coarse), axis=1), axis=0, return_inverse=True)
-    group = group.reshape(-1)
-    cells = [np.flatnonzero(group == g) for g in range(int(group.max(initial=-1)) + 1)]
+    order = np.argsort(group.reshape(-1), kind="stable")
+    cells = np.split(order, np.cumsum(np.bincount(group.reshape(-1)))[:-1]) if len(order) else []
     if not cells:
         return shapes[:0], seconds[:0]
     grid = np.array([np.median(shapes[cell], axis=0) for cell in cells])
