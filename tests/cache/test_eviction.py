@@ -3,6 +3,9 @@
 import pytest
 
 from kvtune.cache.eviction import FIFO, LRU, POLICIES, policy_factory
+from kvtune.cache.eviction_gdsf import GDSF
+from kvtune.cache.eviction_guarded import Guarded
+from kvtune.cache.eviction_hazard import Hazard
 from kvtune.errors import UsageError
 from kvtune.testing.eviction_policy import EvictionPolicySuite, LeafFirstSuite
 
@@ -64,8 +67,14 @@ def test_fifo_counts_a_block_that_came_back_as_new():
 
 
 def test_policies_are_found_by_name_and_unknown_names_are_refused():
-    assert {name: type(policy_factory(name)()) for name in POLICIES} == {"lru": LRU, "fifo": FIFO}
-    with pytest.raises(UsageError, match="unknown eviction policy 'clock'; known: lru, fifo"):
+    assert {name: type(policy_factory(name)(8)) for name in POLICIES} == {
+        "guarded": Guarded,
+        "lru": LRU,
+        "fifo": FIFO,
+        "gdsf": GDSF,
+        "hazard": Hazard,
+    }
+    with pytest.raises(UsageError, match="unknown eviction policy 'clock'; known: guarded, lru, fifo, gdsf"):
         policy_factory("clock")
 
 

@@ -8,7 +8,8 @@ A block's life as a policy sees it::
 
 `LRU` is leaf-first without a tree: a request unpins its blocks deepest first, and whoever uses a block
 also uses its ancestors, so a parent's last use is never older than its child's (vLLM's free queue
-orders blocks the same way). `FIFO` is by first insertion, whatever happens later.
+orders blocks the same way). `FIFO` is by first insertion, whatever happens later. The policies that learn
+(gdsf, hazard, guarded) have modules of their own beside this one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
+from kvtune.cache.eviction_gdsf import GDSF
+from kvtune.cache.eviction_guarded import Guarded
+from kvtune.cache.eviction_hazard import Hazard
 from kvtune.errors import UsageError
 from kvtune.types import BlockId
 
@@ -159,7 +163,13 @@ class FIFO:
 PolicyFactory = Callable[[int], EvictionPolicy]
 """Builds the policy of one pool from the number of blocks the pool has."""
 
-POLICIES: dict[str, PolicyFactory] = {"lru": LRU, "fifo": FIFO}
+POLICIES: dict[str, PolicyFactory] = {
+    "guarded": Guarded,
+    "lru": LRU,
+    "fifo": FIFO,
+    "gdsf": GDSF,
+    "hazard": Hazard,
+}
 
 
 def policy_factory(policy: str | PolicyFactory) -> PolicyFactory:

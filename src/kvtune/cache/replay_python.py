@@ -15,6 +15,9 @@ from typing import Final, Protocol
 import numpy as np
 
 from kvtune.cache.eviction import FIFO, LRU, EvictionPolicy
+from kvtune.cache.eviction_gdsf import GDSF
+from kvtune.cache.eviction_guarded import Guarded
+from kvtune.cache.eviction_hazard import Hazard
 from kvtune.cache.replay_policies import LFU, OptimalPinned, next_uses
 from kvtune.cache.replay_records import Int32Array, IntArray, Outcome, ReplayJob, TraceArrays
 from kvtune.errors import InvariantError, UsageError
@@ -35,6 +38,9 @@ PYTHON_POLICIES: Final[Mapping[str, PythonPolicy]] = {
     "fifo": PythonPolicy(FIFO),
     "lru": PythonPolicy(LRU),
     "lfu": PythonPolicy(LFU),
+    "gdsf": PythonPolicy(GDSF),
+    "hazard": PythonPolicy(Hazard),
+    "guarded": PythonPolicy(Guarded),
 }
 """Twins of csrc/registry.h. The two offline optima are apart: they are built from a trace."""
 

@@ -30,6 +30,13 @@ class BlockList {
     back_ = block;
   }
 
+  void push_front(BlockLinks& links, Block block) {
+    links.previous[block] = NO_BLOCK;
+    links.next[block] = front_;
+    (front_ == NO_BLOCK ? back_ : links.previous[front_]) = block;
+    front_ = block;
+  }
+
   void erase(BlockLinks& links, Block block) {
     const Block before = links.previous[block], after = links.next[block];
     (before == NO_BLOCK ? front_ : links.next[before]) = after;

@@ -6,6 +6,9 @@
 
 #include "policy.h"
 #include "policy_fifo.h"
+#include "policy_gdsf.h"
+#include "policy_guarded.h"
+#include "policy_hazard.h"
 #include "policy_lfu.h"
 #include "policy_lru.h"
 #include "policy_optimal.h"
@@ -26,6 +29,9 @@ inline constexpr PolicyEntry POLICIES[] = {
     {"fifo", make_policy<Fifo>},
     {"lru", make_policy<Lru>},
     {"lfu", make_policy<Lfu>},
+    {"gdsf", make_policy<Gdsf>},
+    {"hazard", make_policy<Hazard>},
+    {"guarded", make_policy<Guarded>},
     {"optimal", make_policy<Optimal>},
     {"optimal_pinned", make_policy<OptimalPinned>},
 };
