@@ -57,7 +57,7 @@ def test_few_kv_heads_are_copied_beyond_as_many_ranks() -> None:
 def test_a_long_step_over_a_short_window_costs_what_shorter_steps_would_save() -> None:
     found = findings("gpt-oss-120b", engine="vllm", contexts=(8192,))["window-slack"]
     shorter = findings("gpt-oss-120b", engine="vllm", contexts=(8192,), max_num_batched_tokens=128)
-    assert found.numbers["saved_bytes"] > 200 * 2**20
+    assert found.numbers["saved_bytes"] > 100 * 2**20
     assert "window-slack" not in shorter
 
 

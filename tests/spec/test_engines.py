@@ -129,6 +129,40 @@ def test_a_sequence_takes_as_many_bytes_as_vllms_own_planner_says(model: str) ->
     assert allocator_bytes(spec_of(model), 131_072, BF16, "vllm", Paging(chunk=8192)) == VLLM_BYTES[model]
 
 
+# block of the attention layers and bytes of a sequence of 131,072 tokens in bf16, then in fp8, with 16,384
+# tokens in flight: the same functions of vLLM 0.32, states in the type it keeps them in
+VLLM_DEFAULT = {
+    "Llama-3.1-8B": (16, 17_179_869_184, 16, 8_589_934_592),
+    "gpt-oss-120b": (16, 5_441_126_400, 16, 2_720_563_200),
+    "gemma-2-27b-it": (16, 28_557_836_288, 16, 14_278_918_144),
+    "gemma-3-27b-it": (16, 19_301_662_720, 16, 9_650_831_360),
+    "gemma-4-26B-A4B-it": (16, 6_252_789_760, 16, 3_126_394_880),
+    "Olmo-3-7B-Instruct": (16, 25_239_224_320, 16, 12_619_612_160),
+    "EXAONE-4.0-32B": (16, 12_619_612_160, 16, 6_309_806_080),
+    "Qwen3-Next-80B-A3B-Instruct": (544, 3_262_119_936, 1_072, 1_659_764_736),
+    "Qwen3.5-35B-A3B": (1_056, 2_768_240_640, 2_096, 1_416_560_640),
+    "Jamba-v0.1": (80, 2_157_445_120, 160, 1_083_965_440),
+    "NVIDIA-Nemotron-3-Super-120B-A12B-BF16": (4_160, 1_260_912_640, 8_320, 715_653_120),
+    "Falcon-H1-7B-Instruct": (1_568, 6_005_063_680, 3_120, 3_092_643_840),
+    "granite-4.0-h-small": (528, 2_231_894_016, 1_056, 1_159_200_768),
+    "Kimi-Linear-48B-A3B-Instruct": (1_888, 1_111_412_736, 3_776, 578_543_616),
+    "DeepSeek-V3": (16, 9_210_691_584, 16, 4_605_345_792),
+    "GLM-4.7-Flash": (16, 7_096_762_368, 16, 3_548_381_184),
+    "phi-4": (16, 26_843_545_600, 16, 13_421_772_800),
+}
+
+
+@pytest.mark.parametrize("model", VLLM_DEFAULT)
+def test_both_precisions_take_as_many_bytes_as_vllms_own_planner_says(model: str) -> None:
+    spec, paging = spec_of(model), Paging(chunk=16_384)
+    found: list[int] = []
+    for kv_dtype in ("bf16", "fp8"):
+        kv = kv_format("vllm", kv_dtype, spec)
+        smallest = min(page.block_size for page in vllm_pages(spec, 1, kv, paging))
+        found += [smallest, allocator_bytes(spec, 131_072, kv, "vllm", paging)]
+    assert tuple(found) == VLLM_DEFAULT[model]
+
+
 def test_llama_4s_chunks_take_as_many_bytes_as_vllms_own_planner_says() -> None:
     spec = ModelSpec.from_config({
         "model_type": "llama4_text", "num_hidden_layers": 48, "num_attention_heads": 40,

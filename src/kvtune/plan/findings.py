@@ -54,10 +54,10 @@ def find_problems(
 
 
 def _model_with(
-    spec: ModelSpec, request: PlanRequest, *, kv_dtype: str | None = None, chunk: int | None = None
+    spec: ModelSpec, request: PlanRequest, *, kv_dtype: str | None = None, in_flight: int | None = None
 ) -> AllocatorModel:
     kv = kv_format(request.engine, kv_dtype or request.kv_dtype, spec)
-    paging = Paging(block_size=request.block_tokens, tp=request.tp, chunk=chunk or request.chunk)
+    paging = Paging(block_size=request.block_tokens, tp=request.tp, chunk=in_flight or request.in_flight)
     return AllocatorModel(spec, kv, request.engine, paging)
 
 
@@ -161,16 +161,18 @@ def _rounding_cause(model: AllocatorModel, request: PlanRequest) -> str:
 def _window_slack(spec: ModelSpec, parts: Breakdown, request: PlanRequest) -> Iterator[Finding]:
     """A long prefill step keeps many times the window alive."""
     windows = [layer.window for layer in spec.layers if layer.window is not None]
-    smaller = request.chunk // 4
+    smaller = request.step_tokens // 4
     if parts.window_slack_bytes <= _WASTE * parts.allocator_bytes or not windows or smaller < 1:
         return
-    saved = parts.allocator_bytes - _model_with(spec, request, chunk=smaller).bytes(parts.num_tokens)
+    saved = parts.allocator_bytes - _model_with(spec, request, in_flight=request.in_flight // 4).bytes(
+        parts.num_tokens
+    )
     yield Finding(
         code="window-slack",
         severity="note",
         message=f"{parts.window_slack_bytes / parts.allocator_bytes:.0%} of a sequence of "
-        f"{parts.num_tokens:,} tokens is held only because a step computes up to {request.chunk:,} tokens on "
-        f"top of a window of {min(windows):,}; steps of {smaller:,} would save {format_bytes(saved)}",
+        f"{parts.num_tokens:,} tokens is held only because up to {request.in_flight:,} tokens are in flight "
+        f"on top of a window of {min(windows):,}; steps of {smaller:,} would save {format_bytes(saved)}",
         numbers={"context": parts.num_tokens, "bytes": parts.window_slack_bytes, "saved_bytes": saved},
     )
 

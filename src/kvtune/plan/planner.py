@@ -116,7 +116,7 @@ def size_model(source: ModelSource, request: PlanRequest) -> Sizing:
 
 
 def _allocator(spec: ModelSpec, kv: KVFormat, request: PlanRequest, tp: int) -> AllocatorModel:
-    paging = Paging(block_size=request.block_tokens, tp=tp, chunk=request.chunk)
+    paging = Paging(block_size=request.block_tokens, tp=tp, chunk=request.in_flight)
     return AllocatorModel(spec, kv, request.engine, paging)
 
 
@@ -234,7 +234,7 @@ def _assumptions(spec: ModelSpec, request: PlanRequest, weights: int | None, bas
     ]
     if any(layer.window is not None for layer in spec.layers):
         notes.append(
-            f"windows: a prefill step of {request.chunk} tokens is held on top of the window at the peak; "
+            f"windows: {request.in_flight:,} tokens in flight are held on top of the window at the peak; "
             "capacity counts every sequence at its peak"
         )
     if any(layer.state_bytes for layer in spec.layers):

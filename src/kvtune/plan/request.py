@@ -85,8 +85,14 @@ class PlanRequest:
         return _BLOCK_TOKENS[self.engine] if self.block_size is None else self.block_size
 
     @property
-    def chunk(self) -> int:
-        """Tokens of one sequence in one step at most."""
+    def in_flight(self) -> int:
+        """Tokens of one sequence computed but not yet settled at most: what a window holds on top. vLLM's
+        asynchronous scheduling (its default) keeps two steps in flight."""
+        return self.step_tokens * (2 if self.engine == "vllm" else 1)
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens computed in one step at most."""
         if self.max_num_batched_tokens is not None:
             return self.max_num_batched_tokens
         return SchedulerConfig().max_num_batched_tokens if self.engine == "kvtune" else _CHUNK

@@ -214,7 +214,7 @@ def _truncate(change: Change, trace: _Trace) -> WhatIf:
 def _codec(change: Change, trace: _Trace) -> WhatIf:
     sizing, request = trace.sizing, trace.request
     kv = kv_format(request.engine, change.codec or "", sizing.spec)
-    paging = Paging(block_size=request.block_tokens, tp=request.tp, chunk=request.chunk)
+    paging = Paging(block_size=request.block_tokens, tp=request.tp, chunk=request.in_flight)
     model = AllocatorModel(sizing.spec, kv, request.engine, paging)
     main = holding(trace.tokens, model.bytes, trace.budget, trace.longest)
     result = _result(change, trace, np.ones(len(trace.tokens), dtype=bool), main)
