@@ -24,14 +24,15 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=HERE / "results")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    commands = {name: ["--json", str(args.out / f"{name}.json")] for name in ("bench_decode", "bench_damage")}
+    alone = ("bench_decode", "bench_damage", "bench_grouping")
+    commands = {name: ["--json", str(args.out / f"{name}.json")] for name in alone}
     if args.traces:
         trace = Path(args.traces) / "azure2023_conv.csv.gz"
         commands["bench_capacity"] = ["--trace", str(trace), "--json", str(args.out / "bench_capacity.json")]
-        replayed = ["--traces", str(args.traces), "--json", str(args.out / "bench_replay.json")]
-        commands["bench_replay"] = replayed
+        for name in ("bench_replay", "bench_predict"):
+            commands[name] = ["--traces", str(args.traces), "--json", str(args.out / f"{name}.json")]
     else:
-        print("bench_capacity and bench_replay left out: give --traces DIR with the public traces")
+        print("bench_capacity, _replay and _predict left out: give --traces DIR with the public traces")
     failed: list[str] = []
     for name, flags in commands.items():
         print(f"== {name} {' '.join(flags)}", flush=True)
