@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from kvtune.cache.replay import DEFAULT_POLICY, Replayer
+from kvtune.cache.replay import Replayer
 from kvtune.errors import UsageError
 from kvtune.workload import BlockTrace, Drift, Stationarity, drift_of, first_requests, stationarity
 
@@ -61,11 +61,12 @@ class Forecast:
 
 
 def forecast_hit_rate(
-    trace: BlockTrace, capacity: int | None, *, policy: str = DEFAULT_POLICY, history: float = 0.5
+    trace: BlockTrace, capacity: int | None, *, policy: str = "lru", history: float = 0.5
 ) -> Forecast:
     """Forecast from the first `history` share of the requests (1: all of them) what the next ones will hit
     in a cache of `capacity` blocks that goes on under `policy`.
 
+    LRU is the floor of the default policy, and unlike one that is still learning it goes on as it went.
     Nothing after the history is looked at for the forecast. Raises UsageError for a share outside (0, 1].
     """
     if not 0 < history <= 1:

@@ -5,7 +5,8 @@ resident blocks; after the lookup all blocks of the request are inserted, the pa
 the cache is trimmed to capacity one block at a time. Output tokens are not inserted. With `full_blocks_only`
 the rules are those of `KVCacheManager` serving one request after the other, eviction by eviction.
 
-`lru` keeps each request's head longest; `lfu` is textbook; `fifo` is by first insertion. `optimal` is
+`guarded`, the default, learns which blocks return and falls back to LRU where that does not pay. `lru` keeps
+each request's head longest; `lfu` is textbook; `fifo` is by first insertion. `optimal` is
 Belady's rule with bypass, which no rule can beat; `optimal_pinned` must admit the current request, as an
 engine must. Array-based and native (csrc/), with a pure-Python twin of the same answers.
 """
@@ -36,7 +37,7 @@ from kvtune.workload import BlockTrace
 
 __all__ = ["DEFAULT_POLICY", "LRUCurve", "ReplayResult", "Replayer", "TenantHits", "policy_names"]
 
-DEFAULT_POLICY: Final = "lru"
+DEFAULT_POLICY: Final = "guarded"
 OFFLINE_POLICIES: Final = ("optimal", "optimal_pinned")
 _STEPS: Final = 100
 

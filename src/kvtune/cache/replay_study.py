@@ -18,7 +18,7 @@ __all__ = ["SHARES_OF_UNIQUE", "CapacityRow", "Hits", "Study", "default_capaciti
 ORACLE: Final = "optimal_pinned"
 SHARES_OF_UNIQUE: Final = (0.001, 0.005, 0.01, 0.05, 0.10, 0.25, 0.50)
 _COST: Final = {"lru": 1, "fifo": 1, "lfu": 2, "optimal": 8, "optimal_pinned": 8}
-_COST_OF_OTHERS: Final = 60
+_COST_OF_OTHERS: Final = 20
 _COST_OF_CURVE: Final = 3
 """Rough relative times of a reference, for the time left alone."""
 
