@@ -29,6 +29,8 @@ from kvtune.types import FinishReason, RequestId
 
 __all__ = ["OutputLengths", "PeakAdmission"]
 
+_REMEMBERED_BLOCKS = 1 << 16
+"""About 20 MB at most."""
 _RECHECK_AFTER = 8
 """Steps before a refused request is looked at again, unless somebody left: survival alone changes slowly."""
 
@@ -61,7 +63,7 @@ class PeakAdmission:
         self._manager = manager
         self._max_model_len = max_model_len
         self._lengths: OutputLengths = lengths if lengths is not None else LengthPredictor()
-        self._sessions = PrefixSessions()
+        self._sessions = PrefixSessions(max_blocks=_REMEMBERED_BLOCKS)
         self._outlooks: dict[RequestId, _Outlook] = {}
         self._refused: RequestId | None = None
         self._wait = 0
