@@ -75,16 +75,7 @@ def plan(
 ) -> None:
     """Size a model's KV cache exactly: bytes per token and layer kind, at contexts, and what GPUs hold."""
     from kvtune.errors import UsageError
-    from kvtune.plan import (
-        PlanRequest,
-        changes_from_text,
-        contexts_from_text,
-        find_model,
-        plan_model,
-        plan_trace,
-        read_prices,
-        size_model,
-    )
+    from kvtune.plan import PlanRequest, contexts_from_text, find_model, plan_model, read_prices
 
     if what_if is not None and trace is None:
         raise UsageError("--what-if changes the requests of a trace: add --trace FILE")
@@ -116,6 +107,8 @@ def plan(
     out = result.to_dict(explain=explain)
     on_trace = None
     if trace is not None:
+        from kvtune.plan import changes_from_text, plan_trace, size_model
+
         budget = result.capacity[0].kv_budget_bytes if len(result.capacity) == 1 else None
         workload, sizing = _workload(trace, trace_block_size), size_model(source, request)
         changes = None if what_if is None else changes_from_text(what_if)
