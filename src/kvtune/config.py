@@ -126,6 +126,9 @@ class CacheConfig(_Settings):
         default_factory=dict[int, tuple[str, str]],
         metadata={"help": "layer index -> (k_codec, v_codec); overrides the two above"},
     )
+    key_centring: str = _knob(
+        "auto", "what rotated key codecs take from all keys: auto | bias (of k_proj) | probe (mean key) | off"
+    )
     first_block_16bit: bool = _knob(False, "keep block 0 of every sequence in 16 bit")
     enable_prefix_caching: bool = _knob(True, "share blocks of equal prefixes")
     eviction_policy: str = _knob("lru", "which idle block leaves first: lru | fifo")
@@ -133,6 +136,8 @@ class CacheConfig(_Settings):
     def __post_init__(self) -> None:
         _check_range(self)
         parse_bytes(self.kv_budget)
+        if self.key_centring not in ("auto", "bias", "probe", "off"):
+            raise UsageError(f"key_centring must be auto, bias, probe or off, found {self.key_centring!r}")
 
     @property
     def kv_budget_bytes(self) -> int:

@@ -19,6 +19,7 @@ from kvtune.closing import Closing
 from kvtune.config import CacheConfig, EngineConfig, SchedulerConfig
 from kvtune.engine.arenas import ArenaPlan, allocate_arenas, cache_manager, plan_arenas
 from kvtune.engine.attention import AttentionLayer
+from kvtune.engine.centring import centres_sha256, key_centres
 from kvtune.engine.detokenizer import TokenDecoder
 from kvtune.engine.identity import cache_fingerprint
 from kvtune.engine.inputs import check_items, prompt_token_ids
@@ -80,7 +81,6 @@ class Engine(Closing):
         self.loaded = loaded
         self.cache_config = cache
         self.config = config
-        self.fingerprint = cache_fingerprint(loaded, cache)
         self.backend: Backend = choose_backend(config.kernel)
         self.max_model_len = config.max_model_len or loaded.max_model_len
         self._clock = clock
@@ -88,7 +88,10 @@ class Engine(Closing):
             loaded.spec, cache, max_model_len=self.max_model_len, max_num_seqs=scheduler.max_num_seqs,
             max_num_batched_tokens=scheduler.max_num_batched_tokens,
         )  # fmt: skip
-        self._arenas = allocate_arenas(self._plan, cache)
+        centres = key_centres(loaded, cache, max_model_len=self.max_model_len)
+        self.key_centres_sha256 = centres_sha256(centres)
+        self.fingerprint = cache_fingerprint(loaded, cache, self.key_centres_sha256)
+        self._arenas = allocate_arenas(self._plan, cache, centres)
         self._manager = cache_manager(self._plan, cache, fingerprint=self.fingerprint)
         self._scheduler = Scheduler(
             self._manager, scheduler, max_model_len=self.max_model_len, eos_token_ids=loaded.eos_token_ids,
@@ -314,6 +317,7 @@ class Engine(Closing):
             ),
             "max_model_len": self.max_model_len,
             "fingerprint": self.fingerprint.hex(),
+            "key_centres_sha256": self.key_centres_sha256,
         }  # fmt: skip
 
     def memory(self) -> MemoryReport:

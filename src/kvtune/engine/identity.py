@@ -17,12 +17,12 @@ READ_CONTRACT = "T0"
 """Every token is encoded when it is written, every read decodes: a hit equals a miss."""
 
 
-def cache_fingerprint(loaded: LoadedModel, cache: CacheConfig) -> bytes:
+def cache_fingerprint(loaded: LoadedModel, cache: CacheConfig, centres_sha256: str = "") -> bytes:
     """SHA-256 over everything the bytes of a block depend on besides its tokens.
 
-    Weights, config, RoPE regime, compute dtype, codec constants, codecs per layer, 16-bit first block,
-    read contract. The block size is included: it decides where blocks end, so that stored blocks are
-    never compared across sizes. The kernel path is not: all backends write the same bytes.
+    Weights, config, RoPE regime, compute dtype, codec constants, codecs per layer, centres of rotated keys,
+    16-bit first block, read contract. The block size is included: it decides where blocks end, so that
+    stored blocks are never compared across sizes. The kernel path is not: all backends write the same bytes.
     """
     facts = {
         "weights": loaded.weights_sha256,
@@ -31,6 +31,7 @@ def cache_fingerprint(loaded: LoadedModel, cache: CacheConfig) -> bytes:
         "dtype": str(loaded.dtype),
         "codec_constants": codec_constants_sha256(),
         "layer_codecs": [list(cache.codecs_of(layer.index)) for layer in loaded.spec.layers],
+        "key_centres": centres_sha256,
         "first_block": FIRST_BLOCK_CODEC if cache.first_block_16bit else None,
         "block_size": cache.block_size,
         "read_contract": READ_CONTRACT,
