@@ -3,7 +3,8 @@
     python benchmarks/bench_replay.py --traces DIR [--runs 5] [--limit N] [--json OUT]
 
 One core, one thread, the conversation trace of Mooncake at 10,000 blocks. References per second are of a
-whole replay from an empty cache, the trace in memory; medians of interleaved runs. All replayers of LRU must
+whole replay from an empty cache, the trace in memory; medians of interleaved runs, by the clock on the wall
+(on a busy machine the CPU's own time, printed beside it, is the better guess). All replayers of LRU must
 hit the same blocks, or there is no figure. The manager's path is match, allocate, commit and free of the
 engine's own `KVCacheManager`, with the block hashes of the trace. Bytes per distinct block: what the core
 allocates (prefix tree, references, cache, policy) and, apart, the trace's own arrays.
@@ -98,22 +99,26 @@ def candidates(trace: BlockTrace) -> dict[str, Callable[[], int]]:
         timed[f"curve {core}"] = lambda r=replayer: r.lru_curve().blocks_hit(CAPACITY)
         engine = Replayer(trace, core=core, full_blocks_only=True)
         timed[f"lru full blocks {core}"] = lambda r=engine: r.replay("lru", CAPACITY).blocks_hit
-    timed["manager lru"] = lambda: manager_hits(trace, CAPACITY, "lru")
+    for policy in dict.fromkeys(["lru", DEFAULT_POLICY]):
+        timed[f"manager {policy}"] = lambda p=policy: manager_hits(trace, CAPACITY, p)
     return timed
 
 
 def measure(trace: BlockTrace, num_runs: int) -> dict[str, dict[str, Any]]:
     timed = candidates(trace)
     seconds: dict[str, list[float]] = {name: [] for name in timed}
+    cpu: dict[str, list[float]] = {name: [] for name in timed}
     hits: dict[str, int] = {}
     for _ in range(num_runs):
         for name, run in timed.items():
-            begin = time.perf_counter()
+            begin, begin_cpu = time.perf_counter(), time.process_time()
             hits[name] = run()
             seconds[name].append(time.perf_counter() - begin)
+            cpu[name].append(time.process_time() - begin_cpu)
     return {
         name: {
             "seconds": statistics.median(values),
+            "cpu_seconds": statistics.median(cpu[name]),
             "spread": (max(values) - min(values)) / statistics.median(values),
             "references_per_s": trace.num_references / statistics.median(values),
             "blocks_hit": hits[name],
@@ -124,7 +129,7 @@ def measure(trace: BlockTrace, num_runs: int) -> dict[str, dict[str, Any]]:
 
 def refuse_disagreement(figures: dict[str, dict[str, Any]]) -> None:
     same = ["OrderedDict", *(n for n in figures if n.startswith(("lru native", "lru python", "curve")))]
-    engine = [n for n in figures if n.startswith(("manager", "lru full blocks"))]
+    engine = [n for n in figures if n.startswith(("manager lru", "lru full blocks"))]
     for names in (same, engine):
         if len({figures[name]["blocks_hit"] for name in names}) != 1:
             found = {name: figures[name]["blocks_hit"] for name in names}
@@ -168,7 +173,8 @@ def show(record: dict[str, Any]) -> None:
     print(f"{record['trace']}: {record['num_references']:,} references, {record['capacity_blocks']:,} blocks")
     for name, row in record["figures"].items():
         rate = f"{row['references_per_s'] / 1e6:10.3f} M references/s"
-        print(f"  {name:28}{rate}{row['seconds'] * 1e3:12.1f} ms   spread {row['spread']:.0%}")
+        took = f"{row['seconds'] * 1e3:12.1f} ms, {row['cpu_seconds'] * 1e3:.1f} of the CPU"
+        print(f"  {name:28}{rate}{took}   spread {row['spread']:.0%}")
     for name, size in record["bytes_per_distinct_block"].items():
         print(f"  {name:28}{size:10.1f} bytes per distinct block")
     for name, row in record["bars"].items():
