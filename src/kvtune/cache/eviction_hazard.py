@@ -80,6 +80,7 @@ class Hazard:
         self._scores = [_NONE] * NUM_CLASSES  # of the queues' fronts, where not stale
         self._stale: set[int] = set()
         self._scored_at = -1
+        self._lowest: int | None = None
 
     def begin(self, contents: Sequence[Hashable], num_hit: int) -> None:
         self._now = self._clock
@@ -166,6 +167,7 @@ class Hazard:
             # It was due before its last child: it follows at once.
             self._enqueue(parent, queue if queue >= 0 else _class_of(block), block.queued)
             self._queues[parent.queue].move_to_end(parent.block_id, last=False)
+            self._stale.add(parent.queue)
 
     def __len__(self) -> int:
         return self._num_candidates
@@ -203,9 +205,11 @@ class Hazard:
             block.release.num_unused -= 1
 
     def _enqueue(self, block: _Block, queue: int, queued: int) -> None:
+        """Last in the queue; whoever moves it to the front makes the queue's score stale."""
         block.queue, block.queued = queue, queued
+        if not self._queues[queue]:
+            self._stale.add(queue)
         self._queues[queue][block.block_id] = block
-        self._stale.add(queue)
 
     def _queue_passed(self, block: _Block) -> None:
         """Its window passed while it waited for its children to leave."""
@@ -214,8 +218,11 @@ class Hazard:
 
     def _leave_queue(self, block: _Block) -> None:
         if block.queue >= 0:
-            del self._queues[block.queue][block.block_id]
-            self._stale.add(block.queue)
+            queue = self._queues[block.queue]
+            del queue[block.block_id]
+            front = next(iter(queue.values()), None)
+            if front is None or front.queued != block.queued:
+                self._stale.add(block.queue)
             block.queue = -1
 
     def _lowest_queue(self) -> int | None:
@@ -223,11 +230,17 @@ class Hazard:
         if self._scored_at != self._now:
             self._scored_at = self._now
             self._stale.update(range(NUM_CLASSES))
+        elif not self._stale:
+            return self._lowest
         for queue in self._stale:
             front = next(iter(self._queues[queue].values()), None)
             age = 0 if front is None else self._now - front.queued
             self._scores[queue] = _NONE if front is None else self._survival.score(queue, age)
         self._stale.clear()
+        self._lowest = self._lowest_of_scores()
+        return self._lowest
+
+    def _lowest_of_scores(self) -> int | None:
         lowest = min(self._scores)
         if lowest == _NONE:
             return None
