@@ -104,12 +104,17 @@ def _drawing_order(points: Sequence[Point]) -> list[Point]:
     return sorted(points, key=lambda point: order.index(point.kind))
 
 
-def svg_figure(title: str, height: float, parts: Sequence[str], summary: str = "") -> str:
-    """The drawing with its accessible name, and `summary` as its description."""
+def svg_figure(
+    title: str, height: float, parts: Sequence[str], summary: str = "", *, shrinks: bool = False
+) -> str:
+    """The drawing with its accessible name, and `summary` as its description. On a phone one that `shrinks`
+    fits the screen with larger letters, others are scrolled."""
     description = f"<desc>{escape(summary)}</desc>" if summary else ""
     label = f"{title}. {summary}" if summary else title
+    kind = ' class="shrinks"' if shrinks else ""
     return (
-        f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(label)}">'
+        f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(label)}"'
+        f"{kind}>"
         f"<title>{escape(title)}</title>{description}{''.join(parts)}</svg>"
     )
 

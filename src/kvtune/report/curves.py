@@ -15,11 +15,11 @@ from kvtune.report.blocks import Bars, Lines, Mark, Series
 from kvtune.report.charts import WIDTH, Axis, svg_figure, svg_line, svg_text
 from kvtune.report.record import show_number
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 18, 16, 54
+_LEFT, _RIGHT, _TOP, _BOTTOM = 78, 18, 16, 54
 _TALL, _FLAT = 330, 190
 _NUM_LOOKS = 6
-_CHARACTER = 6.4
-"""Width of a letter at the figures' text size."""
+_CHARACTER = 8.8
+"""Width of a letter at the larger of the figures' text sizes, the phone's."""
 
 
 def lines_svg(chart: Lines) -> str:
@@ -34,7 +34,7 @@ def lines_svg(chart: Lines) -> str:
     parts = [_frame(chart, x_axis, y_axis, height)]
     parts += [_one_line(s, x_axis, y_axis) for s in series]
     parts += [_place(mark, x_axis, y_axis) for mark in chart.marks]
-    drawing = svg_figure(chart.title, height, parts, chart.summary)
+    drawing = svg_figure(chart.title, height, parts, chart.summary, shrinks=True)
     return drawing + (_legend(series) if len(series) > 1 else "")
 
 
@@ -57,7 +57,7 @@ def bars_svg(chart: Bars) -> str:
         if index % every == 0:
             parts.append(svg_text(x + step / 2, _TALL - _BOTTOM + 18, bar.label))
     parts.append(_names(chart.x_label, chart.y_label, _TALL))
-    return svg_figure(chart.title, _TALL, parts, chart.summary)
+    return svg_figure(chart.title, _TALL, parts, chart.summary, shrinks=True)
 
 
 def _x_axis(chart: Lines, series: Sequence[Series]) -> Axis:

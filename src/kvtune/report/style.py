@@ -82,6 +82,7 @@ svg .point,svg .row{font-size:12px}svg .limit-text{fill:var(--bad)}
 .t-bad{stroke:var(--failed);fill:var(--failed)}.t-warn,.t-muted{stroke:var(--other);fill:var(--other)}
 .legend{display:flex;flex-wrap:wrap;gap:4px 16px;list-style:none;margin:8px 0 0;padding:0;font-size:13px}
 .legend li{display:flex;align-items:center;gap:5px}
+@media (max-width:520px){.drawing>svg.shrinks{min-width:0}svg.shrinks text{font-size:17px}}
 @media (max-width:720px){header,main{padding:0 14px}.facts div{grid-template-columns:1fr}h1{font-size:21px}}
 @media print{body{font-size:12px}.scroll,.drawing{overflow:visible}nav{display:none}}
 """.strip()
