@@ -355,9 +355,11 @@ def main() -> int:
         result["returns"] = [returns(n, w, s) for n, w in reusing.items() for s in (60.0, 600.0)]
         table("Will this conversation be continued within the horizon? Brier score", result["returns"])
     if "admission" in parts:
-        rows = [row for load in loads(folder, args.limit) for row in admission_rows(load)]
-        result["admission"] = rows
-        table("Admission in a saturated engine; time in decode steps", rows)
+        result["admission"] = []
+        for load in loads(folder, args.limit):
+            rows = admission_rows(load)
+            result["admission"] += rows
+            table(f"Admission, {len(load.requests):,} requests at once; time in decode steps", rows)
     if args.json:
         args.json.write_text(json.dumps({"limit": args.limit, **result}, indent=1) + "\n")
     return 0
