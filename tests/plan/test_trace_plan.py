@@ -235,3 +235,12 @@ def test_changes_that_cannot_be_read_are_usage_errors(text: str) -> None:
 def test_a_codec_the_engine_does_not_have_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="nvfp4"):
         only(MIXED, "codec=nvfp4")
+
+
+def test_progress_is_told_in_growing_shares() -> None:
+    told: list[float] = []
+    request = PlanRequest()
+    sizing = size_model(find_model("Llama-3.1-8B"), request)
+    plan_trace(shared_prefix_trace(), sizing, request, progress=lambda share, _what: told.append(share))
+    assert told == sorted(told)
+    assert 0 < told[0] < told[-1] <= 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,9 @@ __all__ = ["CacheLevel", "PrefixReuse", "TracePlan", "plan_trace"]
 
 _LOST_HITS = 0.2
 """Share of the possible hits whose loss to a large block is worth a warning."""
+Progress = Callable[[float, str], None]
+_CURVE_BEGINS = 0.6
+"""Share of the work that cutting the prompts into blocks takes."""
 _CURVE_POINTS = 64
 _MOST_REFERENCES_IN_PYTHON = 500_000
 
@@ -86,15 +89,21 @@ def plan_trace(
     budget: int | None = None,
     changes: Sequence[Change] | None = None,
     tiers: Sequence[TierRequest] = (),
+    progress: Progress | None = None,
 ) -> TracePlan:
     """What the requests of a trace take in a budget of `budget` bytes, and what `changes` (default: limits
-    at the 90 % and 99 % lengths, and every codec) would win. UsageError where no request states a length."""
+    at the 90 % and 99 % lengths, and every codec) would win. `progress` is told (share done, what is
+    running). UsageError where no request states a length."""
+    tell = progress or _silent
+    tell(0.01, "lengths")
     lengths = sequence_lengths(workload)
     tokens = lengths.tokens
     chosen = default_changes(tokens, sizing, request) if changes is None else changes
+    tell(0.1, "blocks")
     traces = _block_traces(workload, sizing)
+    tell(_CURVE_BEGINS, "cache sizes")
     reuse = None if traces is None else _reuse(*traces, sizing)
-    curve = None if traces is None else _HitCurve.of(traces[1], sizing.model)
+    curve = None if traces is None else _HitCurve.of(traces[1], sizing.model, tell)
     return TracePlan(
         path=str(workload.path or ""),
         format=workload.format,
@@ -111,6 +120,10 @@ def plan_trace(
         findings=tuple(_findings(reuse, request)),
         notes=(*workload.notes, *lengths.notes),
     )  # fmt: skip
+
+
+def _silent(_share: float, _what: str) -> None:
+    """Nobody wants to know."""
 
 
 def _block_traces(workload: Workload, sizing: Sizing) -> tuple[BlockTrace, BlockTrace] | None:
@@ -132,12 +145,16 @@ class _HitCurve:
     model: AllocatorModel
 
     @classmethod
-    def of(cls, trace: BlockTrace, model: AllocatorModel) -> _HitCurve | None:
+    def of(cls, trace: BlockTrace, model: AllocatorModel, tell: Progress) -> _HitCurve | None:
         """None where the pass would take minutes: a long trace and no native core."""
         replayer = Replayer(trace)
         if replayer.core == "python" and trace.num_references > _MOST_REFERENCES_IN_PYTHON:
             return None
-        return cls(replayer.lru_curve(), trace, model)
+
+        def on(done: int, total: int) -> None:
+            tell(_CURVE_BEGINS + (1 - _CURVE_BEGINS) * done / max(1, total), "cache sizes")
+
+        return cls(replayer.lru_curve(progress=on), trace, model)
 
     def _block_bytes(self, model: AllocatorModel) -> float:
         return max(1.0, self.trace.block_size * model.cached_token_bytes())
