@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -71,28 +69,6 @@ def test_lengths_alone_have_no_reuse_to_speak_of():
     assert report["arrival_cv"] == pytest.approx(0.5)  # gaps 1 and 3
     assert report["prefix"]["ideal_block_hit_rate"] is None
     json.dumps(report, allow_nan=False)
-
-
-def run_trace(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "kvtune", "trace", *arguments], capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": ":".join(sys.path)},
-    )  # fmt: skip
-
-
-def test_the_command_prints_one_json_object_or_one_line_of_error(tmp_path):
-    path = tmp_path / "m.jsonl"
-    row = {"timestamp": 0, "input_length": 600, "output_length": 3, "hash_ids": [0, 1]}
-    path.write_text(json.dumps(row) + "\n" + json.dumps({**row, "timestamp": 1500}) + "\n")
-    done = run_trace(str(path), "--trace-block-size", "512", "--json")
-    report = json.loads(done.stdout)
-    assert (done.returncode, report["format"], report["num_requests"]) == (0, "mooncake", 2)
-    assert report["prefix"]["ideal_block_hit_rate"] == 0.5
-    assert "2 of 4" in run_trace(str(path), "--trace-block-size", "512").stdout
-    undetermined = run_trace(str(path))
-    assert undetermined.returncode == 2
-    assert "--trace-block-size" in undetermined.stderr
-    assert undetermined.stderr.count("\n") == 1
 
 
 @pytest.mark.proof

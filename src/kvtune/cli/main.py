@@ -51,7 +51,10 @@ def build_app(verbs: Sequence[str]) -> typer.Typer:
 
     for verb in verbs:
         function = getattr(importlib.import_module(f"kvtune.cli.{verb}"), verb)
-        app.command(verb, help=None if function.__doc__ else VERBS[verb])(function)
+        if isinstance(function, typer.Typer):  # a verb with verbs of its own
+            app.add_typer(function, name=verb)
+        else:
+            app.command(verb, help=None if function.__doc__ else VERBS[verb])(function)
     return app
 
 
@@ -98,6 +101,8 @@ def _run(args: Sequence[str]) -> int:
             code = command.invoke(context)
     except typer.Exit as ending:
         code = ending.exit_code
+    except MemoryError:
+        raise HostError("this needs more memory than there is; use a part of the input") from None
     if sys.stdout is not None:  # None where the shell closed it: `>&-`
         sys.stdout.flush()
     return code if isinstance(code, int) else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 from kvtune.errors import InputFileError, UsageError
@@ -25,19 +26,20 @@ def load_workload(
     trace_block_size: int | None = None,
     limit: int | None = None,
     max_held_bytes: int = MAX_HELD_BYTES,
+    progress: Callable[[float], None] | None = None,
 ) -> Workload:
     """Read a workload file, plain or gzip, in any format of `FORMATS`.
 
     `trace_block_size`: prompt tokens per hash id; without it, it is the only size under which every row
     has as many ids as blocks. `limit`: keep the first so many requests of the file (all rows still help
     to find the block size). Arrivals are shifted so that the first is 0 s. The file is streamed; what is
-    kept takes at most about `max_held_bytes` of memory.
+    kept takes at most about `max_held_bytes` of memory. `progress` is told the share that was read.
 
     Raises InputFileError (with the line) for what cannot be parsed or held, UsageError for an unknown
     format, a limit or block size below 1, or a block size that the file does not determine.
     """
     check_positive(trace_block_size=trace_block_size, limit=limit)
-    source = Source(Path(path))
+    source = Source(Path(path), progress=progress)
     is_csv, rows = read_rows(source)
     first = next(rows, None)
     if first is None:

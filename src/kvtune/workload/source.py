@@ -8,8 +8,9 @@ import hashlib
 import io
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Final
 
@@ -19,11 +20,13 @@ __all__ = ["Source"]
 
 MAX_LINE_BYTES: Final = 32 * 2**20
 """Eight million tokens of text; decoded JSON can take 30 times as much memory."""
-MAX_EXPANSION: Final = 200
+MAX_EXPANSION: Final = 100
 """Decompressed bytes per stored byte. Real traces reach 5 to 30; DEFLATE can reach 1032."""
-FREE_EXPANSION_BYTES: Final = 64 * 2**20
+FREE_EXPANSION_BYTES: Final = 32 * 2**20
 """Below this size the ratio does not matter: a small file may be very regular."""
 _PIECE_BYTES: Final = 1 << 18
+_MAX_BLANK_LINES: Final = 100_000
+"""In a row; reading them one by one is slow, and no writer of requests leaves so many."""
 
 _GZIP_MAGIC = b"\x1f\x8b"
 
@@ -40,6 +43,8 @@ class Source:
     max_line_bytes: int = MAX_LINE_BYTES
     max_expansion: int = MAX_EXPANSION
     free_expansion_bytes: int = FREE_EXPANSION_BYTES
+    progress: Callable[[float], None] | None = None
+    """Told the share of the stored bytes that was read, once per MiB of text."""
     size: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
@@ -73,16 +78,24 @@ class Source:
 
     def lines(self, *, keep_blank: bool = False) -> Iterator[tuple[int, str]]:
         """(line number from 1, text without its end) of every line; blank ones only if asked for."""
-        number = 0
+        number = num_blank = 0
         try:
-            with self._open() as file:
-                total = 0
+            with self.path.open("rb") as stored:
+                file, total = self._unpacked(stored), 0
                 while raw := file.readline(self.max_line_bytes + 1):
                     number += 1
                     total += len(raw)
                     self._check_bounds(number, len(raw), total)
+                    self._tell(stored, total, len(raw))
                     text = self._decode(raw, number)
-                    if keep_blank or (text and not text.isspace()):
+                    is_blank = not text or text.isspace()
+                    num_blank = num_blank + 1 if is_blank else 0
+                    if num_blank > _MAX_BLANK_LINES:
+                        raise InputFileError(
+                            f"{self.path}, line {number}: more than {_MAX_BLANK_LINES} blank lines in a row; "
+                            "this is no file of requests"
+                        )
+                    if keep_blank or not is_blank:
                         yield number, text
         except (OSError, EOFError, zlib.error) as error:
             raise InputFileError(f"{self.path}, line {number + 1}: {_reason(error)}") from error
@@ -93,22 +106,26 @@ class Source:
         decoder = codecs.getincrementaldecoder("utf-8-sig")()
         number, total = 1, 0
         try:
-            with self._open() as file:
+            with self.path.open("rb") as stored:
+                file = self._unpacked(stored)
                 while raw := file.readline(_PIECE_BYTES):
                     total += len(raw)
                     self._check_bounds(number, 0, total)
+                    self._tell(stored, total, len(raw))
                     yield number, self._decode_piece(decoder, raw, number)
                     number += raw.endswith(b"\n")
                 self._decode_piece(decoder, b"", number, is_last=True)
         except (OSError, EOFError, zlib.error) as error:
             raise InputFileError(f"{self.path}, line {number}: {_reason(error)}") from error
 
-    def _open(self) -> IO[bytes]:
-        with self.path.open("rb") as file:
-            is_gzip = file.read(2) == _GZIP_MAGIC
-        if is_gzip:
-            return io.BufferedReader(gzip.GzipFile(self.path, "rb"), 1 << 20)
-        return self.path.open("rb")
+    def _unpacked(self, stored: BufferedReader) -> IO[bytes]:
+        if stored.peek(2).startswith(_GZIP_MAGIC):
+            return io.BufferedReader(gzip.GzipFile(fileobj=stored, mode="rb"), 1 << 20)
+        return stored
+
+    def _tell(self, stored: BufferedReader, total: int, added: int) -> None:
+        if self.progress is not None and total >> 20 != (total - added) >> 20:
+            self.progress(min(1.0, stored.tell() / self.size))
 
     def _check_bounds(self, number: int, line_bytes: int, total: int) -> None:
         if line_bytes > self.max_line_bytes:

@@ -7,12 +7,12 @@ from typing import Final
 from kvtune.errors import UsageError
 from kvtune.workload.blocks import BlockTrace, block_trace, has_content
 from kvtune.workload.lint.hashes import content_finding, first_block_note, session_finding
-from kvtune.workload.lint.report import Finding, LintReport, Position
+from kvtune.workload.lint.report import RULES, Finding, LintReport, Position
 from kvtune.workload.lint.text import TextLoss, text_losses
 from kvtune.workload.request import Workload
 from kvtune.workload.reuse import is_seen_before
 
-__all__ = ["DEFAULT_MAX_LOSS", "Finding", "LintReport", "Position", "lint_workload"]
+__all__ = ["DEFAULT_MAX_LOSS", "RULES", "Finding", "LintReport", "Position", "lint_workload"]
 
 DEFAULT_MAX_LOSS: Final = 0.01
 
