@@ -107,12 +107,16 @@ def plan(
     out = result.to_dict(explain=explain)
     on_trace = None
     if trace is not None:
+        from kvtune.cli.progress import TimeLeft
         from kvtune.plan import changes_from_text, plan_trace, size_model
 
         budget = result.capacity[0].kv_budget_bytes if len(result.capacity) == 1 else None
-        workload, sizing = _workload(trace, trace_block_size), size_model(source, request)
         changes = None if what_if is None else changes_from_text(what_if)
-        on_trace = plan_trace(workload, sizing, request, budget=budget, changes=changes, tiers=tiers)
+        workload, sizing = _workload(trace, trace_block_size), size_model(source, request)
+        with TimeLeft() as progress:
+            on_trace = plan_trace(
+                workload, sizing, request, budget=budget, changes=changes, tiers=tiers, progress=progress
+            )
         out["trace"] = on_trace.to_dict()
         if html is not None:
             from kvtune.cli.plan_page import trace_pictures
@@ -150,9 +154,15 @@ def _tiers(given: dict[str, tuple[str | None, str | None]]) -> list[Any]:
 
 
 def _workload(path: Path, block_size: int | None) -> Any:
+    from kvtune.cli.progress import TimeLeft
     from kvtune.workload import load_workload
 
-    return load_workload(path, trace_block_size=block_size)
+    with TimeLeft() as progress:
+        return load_workload(
+            path,
+            trace_block_size=block_size,
+            progress=lambda share: progress(share, f"reading {path.name}"),
+        )
 
 
 def _write_page(path: Path, out: dict[str, Any]) -> None:
