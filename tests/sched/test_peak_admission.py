@@ -178,3 +178,61 @@ def test_a_client_that_leaves_before_its_first_token_teaches_nothing():
     service.add("gone", prompt(0, 8), 5, max_tokens=50)
     service.scheduler.abort("gone")
     assert lengths.num_observed == 0
+
+
+def test_peak_can_be_turned_on_while_requests_run():
+    service = Service(30, admission="watermark")
+    for index in range(8):
+        service.add(f"r{index}", prompt(index, 12), 60)
+    service.scheduler.update(service.scheduler.schedule(), RunnerOutput(sampled=sampled_by(service)))
+    service.scheduler.configure(
+        SchedulerConfig(watermark=0.0, reserved=0.0, admission="peak", max_num_batched_tokens=4096)
+    )
+    assert service.run().finished == 8
+
+
+def sampled_by(service):
+    """Tokens of the step just scheduled, for every request that samples in it."""
+    running = [name for name in service.left if service.scheduler.sequence(name).status == "running"]
+    for name in running:
+        service.left[name] -= 1
+    return tuple(Sampled(request_id=name, token_id=5) for name in running)
+
+
+def test_a_fork_is_foreseen_like_its_parent():
+    service = Service(40)
+    service.add("parent", prompt(0, 16), 20)
+    service.scheduler.update(service.scheduler.schedule(), RunnerOutput(sampled=sampled_by(service)))
+    child = Request(
+        request_id="child",
+        prompt_token_ids=np.array([1], dtype=np.int32),
+        sampling=SamplingParams(max_tokens=20, ignore_eos=True),
+    )
+    service.scheduler.fork("parent", child)
+    service.left["child"] = 19
+    for index in range(4):
+        service.add(f"r{index}", prompt(1 + index, 12), 30)
+    stats = service.run()
+    assert stats.finished == 6
+    assert stats.preemptions == 0
+
+
+def test_headroom_is_kept_from_all_but_urgent_requests():
+    def starts_beside_another(priority):
+        service = Service(20, reserved=0.3)
+        service.add("first", prompt(0, 8), 25)  # 32 tokens at its end: 8 blocks
+        service.scheduler.update(service.scheduler.schedule(), RunnerOutput(sampled=sampled_by(service)))
+        service.left["second"] = 25
+        service.scheduler.add(
+            Request(
+                request_id="second",
+                prompt_token_ids=np.array(prompt(1, 8), dtype=np.int32),
+                sampling=SamplingParams(max_tokens=25, ignore_eos=True),
+                priority=priority,
+            )
+        )
+        service.scheduler.schedule()
+        return service.scheduler.num_running == 2
+
+    assert not starts_beside_another(0)  # 16 blocks expected, 14 allowed
+    assert starts_beside_another(1)
