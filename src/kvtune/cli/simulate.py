@@ -19,7 +19,12 @@ from kvtune.errors import UsageError
 
 MODES = ("cache", "serve")
 
-_Mode = Annotated[str, typer.Option("--mode", help="cache: the prefix cache alone; serve: a whole server.")]
+_Mode = Annotated[
+    str | None,
+    typer.Option(
+        "--mode", help="cache: the prefix cache alone; serve: a whole server. Default: by the other options."
+    ),
+]
 
 
 def _modes() -> dict[str, Callable[..., None]]:
@@ -40,11 +45,13 @@ def _verb(modes: dict[str, Callable[..., None]]) -> Callable[..., None]:
         for name, parameter in of_mode.items():
             merged.setdefault(name, parameter)
 
-    def simulate(mode: str, **values: Any) -> None:
-        if mode not in modes:
+    def simulate(mode: str | None, **values: Any) -> None:
+        if mode is not None and mode not in modes:
             raise UsageError(f"unknown --mode {mode!r}; known: {', '.join(modes)}")
         # Only what was said is passed on: a mode has its own defaults.
         said = {name: value for name, value in values.items() if value != merged[name].default}
+        if mode is None:
+            mode = next((m for m in modes if options[m].keys() >= said.keys()), MODES[0])
         for name in said:
             if name not in options[mode]:
                 others = [other for other in modes if name in options[other]]
@@ -53,7 +60,7 @@ def _verb(modes: dict[str, Callable[..., None]]) -> Callable[..., None]:
                 )
         modes[mode](**said)
 
-    mode = inspect.Parameter("mode", inspect.Parameter.KEYWORD_ONLY, default="cache", annotation=_Mode)
+    mode = inspect.Parameter("mode", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_Mode)
     keyword_only = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in merged.values()]
     parameters = [mode, *keyword_only]
     simulate.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -1,8 +1,8 @@
 """Time the engine's own steps under a mixture of loads, so that a simulator can predict them.
 
-Rounds of synthetic requests: each draws how many run at once, how long prompts and answers are, and how many
-tokens a step may hold; every step's shape and time is kept. What is measured is what a load run does: the
-whole of `Engine.step`, and separately `Engine.add_request`.
+Rounds of synthetic requests: each draws how many run at once, how long prompts and answers are, how much of
+the prompts is shared, and how many tokens a step may hold; every step's shape and time is kept. What is
+measured is what a load run does: the whole of `Engine.step`, and separately `Engine.add_request`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from kvtune.types import SamplingParams, SchedulerOutput
 
 __all__ = ["Calibration", "StepTimer", "calibrate"]
 
-_ROUND_S: Final = 1.5
+_ROUND_S: Final = 0.8
+"""Short, so that no kind of load falls into one spell of a machine whose speed drifts."""
 _WARM_UP_S: Final = 1.0
 _LONGEST_ANSWER: Final = 256
 
@@ -138,22 +139,27 @@ class _Load:
         concurrency = self._log_uniform(1, most)
         longest = max(8, min(engine.max_model_len - _LONGEST_ANSWER, self._capacity // (concurrency + 1)))
         low = self._log_uniform(4, longest)
+        shared = self._tokens(int(longest * rng.uniform(0.0, 0.9)))  # long contexts without long prefills
         end = clock() + seconds
         live: set[str] = set()
         while clock() < end:
             while len(live) < concurrency:
-                live.add(self._send(low, longest))
+                live.add(self._send(low, longest, shared))
             self._timer.step()
             live = {request_id for request_id in live if engine.is_unfinished(request_id)}
         for request_id in live:
             engine.abort(request_id)
         engine.discard_outputs()
 
-    def _send(self, low: int, high: int) -> str:
+    def _tokens(self, count: int) -> list[int]:
+        return self._rng.integers(0, self._engine.loaded.vocab_size, count).tolist()
+
+    def _send(self, low: int, high: int, shared: list[int]) -> str:
         request_id = f"calibrate/{next(self._ids)}"
         length = self._log_uniform(low, high)
         answer = min(self._log_uniform(4, _LONGEST_ANSWER), self._engine.max_model_len - length)
-        prompt = self._rng.integers(0, self._engine.loaded.vocab_size, length).tolist()
+        head = shared[: length - 1]
+        prompt = head + self._tokens(length - len(head))
         params = SamplingParams(max_tokens=answer, temperature=0.0, ignore_eos=True)
         self._timer.submit(request_id, prompt, params)
         return request_id
