@@ -57,9 +57,9 @@ OPENING = {name: 0.5 * share for name, share in MIXTURE.items()} | {
 
 
 LATER = {
-    "text": 0.17, "recall": 0.10, "near_duplicates": 0.13, "tracking": 0.13, "copy": 0.07, "count": 0.13,
-    "common_word": 0.05, "list_completion": 0.08, "json_completion": 0.07, "rule": 0.02,
-    "second_question": 0.05,
+    "text": 0.16, "recall": 0.10, "near_duplicates": 0.09, "tracking": 0.08, "copy": 0.08, "count": 0.18,
+    "common_word": 0.08, "list_completion": 0.06, "json_completion": 0.09, "rule": 0.02,
+    "second_question": 0.06,
 }  # fmt: skip
 """Shares once single values are found in long contexts: more of what takes more than one look-up."""
 
@@ -75,11 +75,11 @@ class Stage:
 
 
 STAGES = (
-    Stage(0.0406, 128, 16, OPENING),
-    Stage(0.0813, 128, 16, MIXTURE | {"random": 0.03}),
-    Stage(0.3656, 512, 5, MIXTURE | {"random": 0.03, "documents": 0.08}),
-    Stage(0.52, 2048, 2, MIXTURE | {"random": 0.02, "documents": 0.08}),
-    Stage(0.82, 2048, 2, LATER | {"random": 0.02, "documents": 0.06}),
+    Stage(0.0351, 128, 16, OPENING),
+    Stage(0.0703, 128, 16, MIXTURE | {"random": 0.03}),
+    Stage(0.3162, 512, 5, MIXTURE | {"random": 0.03, "documents": 0.08}),
+    Stage(0.45, 2048, 2, MIXTURE | {"random": 0.02, "documents": 0.08}),
+    Stage(0.84, 2048, 2, LATER | {"random": 0.02, "documents": 0.06}),
     Stage(1.01, 4096, 1, LATER | {"documents": 0.05}),
 )
 
@@ -545,7 +545,7 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=float, default=0.0, help="budget of training time (0: --tokens decides)"
     )
-    parser.add_argument("--tokens", type=int, default=16_000_000)
+    parser.add_argument("--tokens", type=int, default=18_500_000)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)

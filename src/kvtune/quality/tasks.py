@@ -137,7 +137,7 @@ def _recall(request: _Request) -> Sample:
     count = request.num_lines(" key: value", easy=12, most=320)
     keys = request.words(count)
     lines = [f" {key}{separator}{rng.choice(request.material.words)}" for key in keys]
-    question = rng.choice(("{}?", "What is {}?", "Look up {}."))
+    question = rng.choice(("Value of {}?", "What is {}?", "Look up {}."))
     pairs = [(question.format(keys[i]), lines[i]) for i in request.asked(len(keys))]
     return _dialogue(request, "recall", "List:", lines, pairs)
 
@@ -152,7 +152,7 @@ def _near_duplicates(request: _Request) -> Sample:
     grid = [(first, second) for first in firsts for second in seconds]
     keys = [f" {first} {second}" for first, second in rng.sample(grid, min(wanted, len(grid)))]
     lines = [f"{key}: {rng.choice(request.material.words)}" for key in keys]
-    question = rng.choice(("{}?", "What is{}?", "Look up{}."))
+    question = rng.choice(("Value of{}?", "What is{}?", "Look up{}."))
     pairs = [(question.format(keys[i]), lines[i]) for i in request.asked(len(keys))]
     return _dialogue(request, "near_duplicates", "Pairs:", lines, pairs)
 
@@ -182,13 +182,13 @@ def _tracking(request: _Request) -> Sample:
 def _count(request: _Request) -> Sample:
     """Words that stand in a list one to four times each; how often?"""
     rng = request.rng
-    kinds = max(2, request.num_lines(" - word", easy=12, most=240) // 2)
+    kinds = max(2, request.num_lines(" - word", easy=12, most=60) // 2)
     words = request.words(kinds)
     times = {word: rng.randint(1, 4) for word in words}
     items = [f" - {word}" for word in words for _ in range(times[word])]
     rng.shuffle(items)
     pairs = [
-        (f"How often is {words[i]} in the list?", f" {words[i]}: {times[words[i]]}")
+        (f"How often is {words[i]} in the list?", f" {words[i]}:{times[words[i]]}")
         for i in request.asked(len(words))
     ]
     return _dialogue(request, "count", "Items:", items, pairs)
@@ -240,7 +240,7 @@ def _passage(request: _Request, longest: int) -> list[str]:
 
 
 def _list_completion(request: _Request) -> Sample:
-    """Lists under names; a question gives the first two items, the answer is the rest in order."""
+    """Lists under names; a question gives the first two items, the answer writes out the whole list."""
     rng = request.rng
     longest = 7 if request.hard else 5
     count = request.num_lines(" name:" + " word," * longest, easy=5, most=60)
@@ -248,28 +248,27 @@ def _list_completion(request: _Request) -> Sample:
     lists = [request.words(rng.randint(4, longest)) for _ in names]
     lines = [f" {name}: {', '.join(items)}." for name, items in zip(names, lists, strict=True)]
     pairs = [
-        (f"Complete {names[i]}: {', '.join(lists[i][:2])},", f" {', '.join(lists[i][2:])}.")
-        for i in request.asked(len(names))
+        (f"Complete {names[i]}: {', '.join(lists[i][:2])},", lines[i]) for i in request.asked(len(names))
     ]
     return _dialogue(request, "list_completion", "Lists:", lines, pairs)
 
 
 def _json_completion(request: _Request) -> Sample:
-    """Records as JSON lines; the answer is the asked record."""
+    """Records as JSON lines, each with fields of its own; the answer is the asked record."""
     rng = request.rng
-    fields = rng.sample(_ATTRIBUTES[1:], 3 if request.hard else 2)
-    example = '{"name": "word", ' + ", ".join(f'"{name}": "word"' for name in fields) + "}"
+    num_fields = 3 if request.hard else 2
+    example = '{"name": "word", ' + ", ".join(['"word": "word"'] * num_fields) + "}"
     count = request.num_lines(example, easy=5, most=60)
     names = request.words(count)
-    lines = [_record(rng, request.material.words, name, fields) for name in names]
+    lines = [_record(rng, request.material.words, name, num_fields) for name in names]
     pairs = [(f"Give the record of {names[i]}.", lines[i]) for i in request.asked(len(names))]
     return _dialogue(request, "json_completion", "Records:", lines, pairs)
 
 
-def _record(rng: random.Random, words: Sequence[str], name: str, fields: Sequence[str]) -> str:
+def _record(rng: random.Random, words: Sequence[str], name: str, num_fields: int) -> str:
     """A JSON object on one line; a space after each opening quote keeps words single tokens."""
-    values = {"name": name} | {field: rng.choice(words) for field in fields}
-    return " {" + ", ".join(f'"{key}": " {value}"' for key, value in values.items()) + "}"
+    fields = [f'" {key}": " {rng.choice(words)}"' for key in rng.sample(words, num_fields)]
+    return " {" + ", ".join([f'"name": " {name}"', *fields]) + "}"
 
 
 # ---------------------------------------------------------------- dialogue
@@ -319,12 +318,11 @@ def _question(
 def _second_question(request: _Request) -> Sample:
     """Values and records in one context; a first question about one kind, the scored ones about both."""
     rng = request.rng
-    fields = rng.sample(_ATTRIBUTES[1:], 2)
-    both = " key: value\n" + _record(rng, request.material.words, "name", fields)
+    both = " key: value\n" + _record(rng, request.material.words, "name", 2)
     count = max(2, request.num_lines(both, easy=5, most=80))
     names = request.words(2 * count)
     values = [f" {key}: {rng.choice(request.material.words)}" for key in names[:count]]
-    records = [_record(rng, request.material.words, name, fields) for name in names[count:]]
+    records = [_record(rng, request.material.words, name, 2) for name in names[count:]]
     lines = rng.sample([*values, *records], len(values) + len(records))
     first, *rest = request.asked(len(records))
     questions = [(f"Give the record of {names[count + first]}.", records[first])]
