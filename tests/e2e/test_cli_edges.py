@@ -208,7 +208,7 @@ def test_a_full_disk_is_one_line_and_exit_3() -> None:
 def test_a_file_that_cannot_be_replaced_is_one_object_and_exit_3(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refuse(_: object) -> None:
+    def refuse(_: object, **__: object) -> None:
         raise IsADirectoryError(21, "Is a directory", "report.html")
 
     monkeypatch.setattr("kvtune.workload.workload_statistics", refuse)
