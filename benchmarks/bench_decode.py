@@ -29,7 +29,8 @@ from kvtune.codecs import write_kv
 from kvtune.kernels import AttentionBatch, Backend, LayerCache, choose_backend, paged_attention
 from kvtune.spec import PackedLayout
 
-CODECS = [("bf16", "bf16"), ("int8", "int8"), ("int8", "int4"), ("int4", "int4"), ("fp32", "fp32")]
+CODECS = [("bf16", "bf16"), ("int8", "int8"), ("int8", "int4"), ("int4", "int4"), ("fp32", "fp32"),
+          ("n8_rh", "n8_rh"), ("int4_rh", "int4_rh"), ("fp8", "fp8")]  # fmt: skip
 SHAPES = [(8, 4, 128), (8, 1, 128), (4, 8, 64)]
 """(KV heads, query heads per KV head, head dim)."""
 CONTEXTS = [2048, 4096, 8192, 16384]

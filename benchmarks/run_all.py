@@ -26,6 +26,11 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     alone = ("bench_decode", "bench_damage", "bench_grouping")
     commands = {name: ["--json", str(args.out / f"{name}.json")] for name in alone}
+    variants = ("biased_keys", "heavy_tailed_values")
+    commands["bench_codec_quality"] = [
+        "--json", str(args.out / "bench_codec_quality.json"),
+        *(word for name in variants for word in ("--variant", name)),
+    ]  # fmt: skip
     if args.traces:
         trace = Path(args.traces) / "azure2023_conv.csv.gz"
         commands["bench_capacity"] = ["--trace", str(trace), "--json", str(args.out / "bench_capacity.json")]

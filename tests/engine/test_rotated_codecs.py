@@ -198,3 +198,46 @@ def test_memory_counts_every_plane(biased, start):
     memory = engine.memory()
     assert memory.allocated_bytes == memory.predicted_allocated_bytes
     assert memory.referenced_bytes == memory.predicted_referenced_bytes > 0
+
+
+def greedy_with_pause(engine, pause) -> list[tuple[int, ...]]:
+    """Tokens of two requests; `pause(engine)` runs when both are half-way."""
+    for name, start_id in (("a", 8), ("b", 40)):
+        engine.add_request(name, list(range(start_id, start_id + 60)), SamplingParams(
+            max_tokens=12, temperature=0.0, ignore_eos=True, logprobs=5))  # fmt: skip
+    outputs = {}
+    for step in range(40):
+        if step == 6:
+            pause(engine)
+        for output in engine.step():
+            outputs[output.request_id] = output
+    return [(name, outputs[name].token_ids, outputs[name].logprobs) for name in ("a", "b")]
+
+
+def all_planes(engine):
+    return [low for layer in engine.attention_layers.values() for low in layer.cache.low_planes.values()]
+
+
+@pytest.mark.parametrize("kernel", ["torch", "auto"])
+def test_planes_dropped_and_restored_during_a_run_leave_no_trace(biased, start, kernel):
+    def spill_and_return(engine):
+        for low in all_planes(engine):
+            blocks = torch.arange(low.num_blocks)
+            planes = low.drop(blocks)
+            low.resize(0)  # the memory is the machine's again
+            assert low.nbytes == 0
+            low.resize(len(blocks))
+            low.restore(blocks, planes)
+
+    def drop(engine):
+        for low in all_planes(engine):
+            low.discard(torch.arange(low.num_blocks))
+            low.resize(0)
+
+    def run(pause):
+        engine = start(biased, config={"kernel": kernel}, kv_budget="1MiB", k_codec="n8_rh", v_codec="n8_rh")
+        return greedy_with_pause(engine, pause)
+
+    whole = run(lambda engine: None)
+    assert run(spill_and_return) == whole
+    assert run(drop) != whole  # goes on at 4 bits, to the end
