@@ -191,7 +191,7 @@ def test_the_page_holds_the_record_and_pictures_and_loads_nothing(simulate, trac
         (["--kv-dtype", "int8"], "needs --model"),
         (["--block-size", "0"], "at least 1 token, found 0"),
         (["--mode", "gpu"], "unknown --mode 'gpu'; known: cache, serve"),
-        (["--recipe", "r.json"], "--recipe belongs to --mode serve, not to --mode cache"),
+        (["--mode", "cache", "--recipe", "r.json"], "--recipe belongs to --mode serve, not to --mode cache"),
         (["--mode", "serve", "--policy", "lru"], "--policy belongs to --mode cache, not to --mode serve"),
         (["--model", "nobody/nothing"], "nobody/nothing"),
     ],
