@@ -9,6 +9,7 @@ their `t` counted from its own.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final
 
 from kvtune.workload.formats.record import Format
@@ -56,6 +57,14 @@ def _flat(row: Row, start_s: float, depth: int = 0) -> Iterator[tuple[Row, float
             yield request, start_s
 
 
+def say_clock(requests: list[WorkloadRequest], _: Path) -> tuple[list[WorkloadRequest], list[str]]:
+    if len({request.session_id for request in requests}) < 2:
+        return requests, []
+    return requests, [
+        "sessions have no common clock: each starts at 0 s, so load and order between sessions are made up"
+    ]
+
+
 def _local_ids(request: Row) -> tuple[int, ...]:
     if request.fields.get("hash_ids") is not None:
         ids = request.integers("hash_ids", low=0)
@@ -77,6 +86,7 @@ FORMAT: Final = Format(
     title="agent sessions (lengths and block hashes, each session from 0 s)",
     matches=lambda first: "requests" in first,
     parse=parse,
+    finish=say_clock,
     block_size=_BLOCK_SIZE,
     has_clock=False,
 )
