@@ -40,7 +40,7 @@ def _gain(b: int, c: int, n: int, delta: float) -> float:
 
 
 def test_no_loss_in_n_pairs_bounds_the_loss_by_the_rule_of_three() -> None:
-    assert net_loss(0, 0, 150).high == pytest.approx(3 / 150)
+    assert net_loss(0, 0, 150).high == pytest.approx(3 / 150, rel=0.01)
     assert net_loss(0, 0, 150).low <= 0
 
 

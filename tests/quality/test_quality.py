@@ -294,7 +294,7 @@ def test_a_decode_replay_of_few_requests_does_not_blunt_the_verdict() -> None:
 def test_no_flip_among_few_tokens_does_not_prove_that_none_happens() -> None:
     verdict = verdict_of(1e-3, num=10, tokens=6)
     flips = next(m for m in verdict.metrics if m.name == "flips")
-    assert flips.raw == 0 and flips.excess.high == pytest.approx(3 / 60)
+    assert flips.raw == 0 and flips.excess.high == pytest.approx(3 / 60, rel=0.01)
     assert verdict.verdict is Verdict.UNDECIDED
 
 

@@ -11,11 +11,11 @@ from kvtune.errors import InputFileError, MissingExtraError, UsageError
 from kvtune.model_folder import has_tokenizer
 from kvtune.workload import WorkloadRequest
 
-__all__ = ["prompt_encoder"]
+__all__ = ["load_tokenizer", "prompt_encoder"]
 
 
-def prompt_encoder(folder: Path) -> Callable[[WorkloadRequest], list[int]] | None:
-    """Token ids of a request's messages (through the chat template) or prompt; None without a tokenizer.
+def load_tokenizer(folder: Path) -> Any | None:
+    """The folder's Transformers tokenizer; None where it has none.
 
     InputFileError for a tokenizer that cannot be read, MissingExtraError without Transformers.
     """
@@ -27,12 +27,22 @@ def prompt_encoder(folder: Path) -> Callable[[WorkloadRequest], list[int]] | Non
         raise MissingExtraError(f"reading the tokenizer of {folder}", "engine") from None
     wrong_config: type[Exception] = importlib.import_module("huggingface_hub.errors").StrictDataclassError
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
+        return transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError, wrong_config) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputFileError(f"cannot read the tokenizer in {folder}: {reason}") from error
+
+
+def prompt_encoder(folder: Path) -> Callable[[WorkloadRequest], list[int]] | None:
+    """Token ids of a request's messages (through the chat template) or prompt; None without a tokenizer.
+
+    Errors as `load_tokenizer`'s.
+    """
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        return None
 
     # what templates raise by themselves: roles that do not alternate, no system message, wrong syntax
     template_error: type[Exception] = importlib.import_module("jinja2.exceptions").TemplateError

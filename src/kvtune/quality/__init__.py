@@ -4,9 +4,30 @@ A verdict rests on paired replays of the user's own requests, cluster-bootstrap 
 and an A/A floor; see `verdict` for the order of decisions and `margins` for the limits.
 """
 
+from kvtune.quality.answers import (
+    AnswerOutcome,
+    AnswerReference,
+    Checker,
+    Judged,
+    judge_answers,
+    load_checker,
+    record_answers,
+)
 from kvtune.quality.bootstrap import Estimate, bootstrap_mean, bootstrap_ratio
 from kvtune.quality.divergence import divergence, is_bit_equal, kl_divergence
+from kvtune.quality.gate import Gate, GateCost, GateQuestions, ask_baseline, judge_candidate
+from kvtune.quality.levels import Look, SharedError, looks_of
 from kvtune.quality.margins import MARGINS, Margin, margin_named
+from kvtune.quality.probes import (
+    Conversation,
+    ProbeOutcome,
+    ProbeReference,
+    ProbeSource,
+    ask_probes,
+    judge_probes,
+    num_probes_for,
+    record_probes,
+)
 from kvtune.quality.proportion import wilson_interval
 from kvtune.quality.replay import Reference, ReplaySettings, record_reference, replay, replay_decode
 from kvtune.quality.speed import HIGHER_IS_BETTER, Slo, SpeedRatios, compare_speed, summarise
@@ -17,16 +38,31 @@ __all__ = [
     "HIGHER_IS_BETTER",
     "MARGINS",
     "TASKS",
+    "AnswerOutcome",
+    "AnswerReference",
+    "Checker",
+    "Conversation",
     "Estimate",
+    "Gate",
+    "GateCost",
+    "GateQuestions",
+    "Judged",
+    "Look",
     "Margin",
     "Material",
+    "ProbeOutcome",
+    "ProbeReference",
+    "ProbeSource",
     "QualityVerdict",
     "Reference",
     "ReplaySettings",
     "Sample",
+    "SharedError",
     "Slo",
     "SpeedRatios",
     "Verdict",
+    "ask_baseline",
+    "ask_probes",
     "bootstrap_mean",
     "bootstrap_ratio",
     "compare_speed",
@@ -35,8 +71,16 @@ __all__ = [
     "is_bit_equal",
     "is_correct",
     "judge",
+    "judge_answers",
+    "judge_candidate",
+    "judge_probes",
     "kl_divergence",
+    "load_checker",
+    "looks_of",
     "margin_named",
+    "num_probes_for",
+    "record_answers",
+    "record_probes",
     "record_reference",
     "replay",
     "replay_decode",

@@ -10,6 +10,7 @@ Tokens of one conversation are not independent, so sessions are drawn, not token
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,9 @@ CONFIDENCE = 0.95
 SE_FLOOR = 0.25
 """A resample that missed the few clusters with an effect has almost no spread; its studentised value
 explodes. Its standard error counts as at least this share of the sample's."""
+
+MIN_BEYOND = 40
+"""Resamples that lie beyond a bound: a quantile that rests on fewer is a draw of its own."""
 
 _CHUNK_BYTES = 32 * 2**20
 
@@ -55,12 +59,12 @@ def _finite(value: float) -> float | None:
 
 def bootstrap_mean(
     values: npt.ArrayLike, clusters: Sequence[str], *, rng: np.random.Generator,
-    weights: npt.ArrayLike | None = None, num_resamples: int = NUM_RESAMPLES,
+    weights: npt.ArrayLike | None = None, num_resamples: int = NUM_RESAMPLES, confidence: float = CONFIDENCE,
 ) -> Estimate:  # fmt: skip
     """Weighted mean of `values` [n] with bounds, `clusters` [n] naming the cluster of each.
 
     `weights` [n] above zero, by default all 1: with the number of tokens a value stands for, the mean is
-    that of tokens. UsageError if empty.
+    that of tokens. `confidence`: of each one-sided bound. UsageError if empty.
     """
     data = np.asarray(values, np.float64)
     share = np.ones_like(data) if weights is None else np.asarray(weights, np.float64)
@@ -69,18 +73,19 @@ def bootstrap_mean(
             f"a bootstrap needs one cluster and one weight per value, found {data.size} values, "
             f"{len(clusters)} clusters and {share.size} weights"
         )
+    num_resamples = max(num_resamples, math.ceil(MIN_BEYOND / (1 - confidence)))
     _, index = np.unique(np.asarray(clusters, dtype=object).astype(str), return_inverse=True)
     sums = np.bincount(index, weights=data * share).astype(np.float64)
     counts = np.bincount(index, weights=share).astype(np.float64)
     mean = float(sums.sum() / counts.sum())
     if len(sums) == 1:  # one cluster says nothing about others
         return Estimate(value=mean, low=-np.inf, high=np.inf, n=data.size, num_clusters=1)
-    low, high = _studentised_bounds(sums, counts, rng, num_resamples)
+    low, high = _studentised_bounds(sums, counts, rng, num_resamples, confidence)
     return Estimate(value=mean, low=low, high=high, n=data.size, num_clusters=len(sums))
 
 
 def _studentised_bounds(
-    sums: Floats, counts: Floats, rng: np.random.Generator, num_resamples: int
+    sums: Floats, counts: Floats, rng: np.random.Generator, num_resamples: int, confidence: float
 ) -> tuple[float, float]:
     ones = np.ones((1, len(sums)))
     mean, error = (float(x[0]) for x in _mean_and_error(ones, sums, counts))
@@ -93,8 +98,8 @@ def _studentised_bounds(
     errors = np.concatenate([e for _, e in parts])
     t = (means - mean) / np.maximum(errors, SE_FLOOR * error)
     return (
-        float(mean - error * np.quantile(t, CONFIDENCE)),
-        float(mean - error * np.quantile(t, 1 - CONFIDENCE)),
+        float(mean - error * np.quantile(t, confidence)),
+        float(mean - error * np.quantile(t, 1 - confidence)),
     )
 
 

@@ -11,25 +11,29 @@ Both discordant directions count: scoring only what the reference solves counts 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from statistics import NormalDist
+
+import numpy as np
 
 from kvtune.errors import UsageError
 from kvtune.quality.bootstrap import CONFIDENCE, Estimate
 
-__all__ = ["mcnemar_p", "net_loss", "pairs_needed"]
+__all__ = ["clustered_net_loss", "mcnemar_p", "net_loss", "pairs_needed"]
 
 _Z = NormalDist().inv_cdf(CONFIDENCE)
 _POWER_Z = NormalDist().inv_cdf(0.8)
 _BISECTIONS = 60
 
 
-def net_loss(lost: int, gained: int, n: int) -> Estimate:
-    """(lost - gained) / n with one-sided 95 % bounds.
+def net_loss(lost: float, gained: float, n: float, *, confidence: float = CONFIDENCE) -> Estimate:
+    """(lost - gained) / n with one-sided bounds of `confidence` each.
 
     Score interval of a difference of paired proportions (Tango 1998, Statistics in Medicine 17:891), which
     holds its level at the few discordant pairs that near-lossless settings give. Where no pair was lost the
-    upper bound is at least 3 / n (rule of three). UsageError for counts that no n pairs can have.
+    upper bound is at least 3 / n (rule of three; -ln(1 - confidence) / n in general). Counts may be
+    fractions: effective sizes. UsageError for counts that no n pairs can have.
     """
     if n < 1 or lost < 0 or gained < 0 or lost + gained > n:
         raise UsageError(f"{n} pairs cannot hold {lost} lost and {gained} gained")
@@ -38,14 +42,45 @@ def net_loss(lost: int, gained: int, n: int) -> Estimate:
     def distance(delta: float) -> float:
         return _score(lost, gained, n, delta)
 
-    low = _crossing(distance, _Z, -1.0, value)
-    high = _crossing(distance, -_Z, value, 1.0)
+    z = NormalDist().inv_cdf(confidence)
+    low = _crossing(distance, z, -1.0, value)
+    high = _crossing(distance, -z, value, 1.0)
     if lost == 0:
-        high = max(high, min(1.0, 3 / n) - gained / n)
-    return Estimate(value=value, low=low, high=high, n=n, num_clusters=n)
+        high = max(high, min(1.0, -math.log(1 - confidence) / n) - gained / n)
+    return Estimate(value=value, low=low, high=high, n=round(n), num_clusters=round(n))
 
 
-def _score(lost: int, gained: int, n: int, delta: float) -> float:
+def clustered_net_loss(
+    losses: Sequence[int], clusters: Sequence[str], *, confidence: float = CONFIDENCE
+) -> Estimate:
+    """`net_loss` of pairs that share contexts: `losses` [n] are 1 (lost), 0 or -1 (gained), `clusters` [n].
+
+    Counts are divided by the design effect of the clusters (Rao and Scott 1992, Biometrics 48:577), which is
+    never taken to be below 1; where no pair was lost, nothing tells how alike a cluster's pairs are, and a
+    cluster counts once. UsageError if empty.
+    """
+    data = np.asarray(losses, np.float64)
+    if data.size == 0 or data.size != len(clusters):
+        raise UsageError(f"{data.size} pairs need as many clusters and at least one, found {len(clusters)}")
+    _, index = np.unique(np.asarray(clusters, dtype=object).astype(str), return_inverse=True)
+    num, n = int(index.max()) + 1, data.size
+    lost, gained = float((data > 0).sum()), float((data < 0).sum())
+    effect = n / num if lost == 0 else _design_effect(data, index, num)
+    found = net_loss(lost / effect, gained / effect, n / effect, confidence=confidence)
+    return replace(found, n=n, num_clusters=num)
+
+
+def _design_effect(data: np.ndarray, index: np.ndarray, num: int) -> float:
+    """Variance of the mean over clusters drawn whole, by that over independent pairs; at least 1."""
+    mean = float(data.mean())
+    independent = float(((data - mean) ** 2).sum())
+    if num < 2 or independent <= 0:
+        return max(1.0, data.size / num)
+    off = np.bincount(index, weights=data - mean, minlength=num)
+    return max(1.0, num / (num - 1) * float((off * off).sum()) / independent)
+
+
+def _score(lost: float, gained: float, n: float, delta: float) -> float:
     """Standard errors between what was seen and a true difference `delta`, falling in `delta`."""
     a, c = 2.0 * n, -gained * delta * (1 - delta)
     b = -(lost + gained) + (2 * n - lost + gained) * delta

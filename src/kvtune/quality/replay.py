@@ -13,11 +13,20 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from kvtune.errors import TargetError
+from kvtune.errors import InvariantError, TargetError
+from kvtune.quality.levels import looks_of
 from kvtune.target import LoadRequest, RunningTarget, ScoreItem, Scores
 from kvtune.workload import TokenRequest
 
-__all__ = ["Reference", "ReplaySettings", "decode_subset", "record_reference", "replay"]
+__all__ = [
+    "Reference",
+    "ReplaySettings",
+    "decode_subset",
+    "length_bucket",
+    "record_reference",
+    "replay",
+    "replay_decode",
+]
 
 REFERENCE_BYTES = 160 * 2**20
 """Memory for the reference's log-probabilities (8 bytes per id); it bounds k for large vocabularies."""
@@ -72,6 +81,17 @@ class Reference:
         """Token ids known per scored token; the vocabulary's size where scores are full."""
         return self.scores[0].ids.shape[1]
 
+    def head(self, count: int) -> Reference:
+        """The first `count` items and all that was recorded of them; decode items must be among them."""
+        if count >= len(self.items):
+            return self
+        if any(i >= count for i in self.decode_items):
+            raise InvariantError(f"a decode item lies beyond the first {count} items")
+        return replace(
+            self, items=self.items[:count], scores=self.scores[:count], aa_scores=self.aa_scores[:count],
+            clusters=self.clusters[:count], strata=self.strata[:count],
+        )  # fmt: skip
+
 
 def record_reference(
     running: RunningTarget, requests: Sequence[TokenRequest], settings: ReplaySettings, *,
@@ -101,8 +121,12 @@ def record_reference(
         for item, score in zip(bare, scores, strict=True)
     )
     count = settings.num_decode if num_decode is None else num_decode
+    first_look = looks_of(len(items))[0].num_items  # early looks need their decode items, too
     chosen = decode_subset(
-        items, count=count, max_length=settings.decode_max_length, max_tokens=settings.decode_budget_tokens
+        items[:first_look],
+        count=count,
+        max_length=settings.decode_max_length,
+        max_tokens=settings.decode_budget_tokens,
     )
     return Reference(
         items=items, scores=scores,
@@ -172,9 +196,12 @@ def _length(item: ScoreItem) -> int:
 
 
 def _strata(request: TokenRequest) -> Mapping[str, str]:
-    length = len(request.prompt_token_ids)
+    tags = {k: request.tags[k] for k in ("case", "task", "language") if k in request.tags}
+    return {"prompt_tokens": length_bucket(len(request.prompt_token_ids)), **tags}
+
+
+def length_bucket(length: int) -> str:
+    """The stratum of a prompt of so many tokens, as text."""
     upper = next((edge for edge in LENGTH_EDGES if length < edge), None)
     lower = max((edge for edge in LENGTH_EDGES if length >= edge), default=0)
-    bucket = f"{lower}+" if upper is None else f"{lower}-{upper - 1}"
-    tags = {k: request.tags[k] for k in ("case", "task", "language") if k in request.tags}
-    return {"prompt_tokens": bucket, **tags}
+    return f"{lower}+" if upper is None else f"{lower}-{upper - 1}"

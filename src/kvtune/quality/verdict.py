@@ -9,8 +9,11 @@
     every upper bound <= margin -------------> PASS
     otherwise -------------------------------> UNDECIDED  (says how many more requests)
 
-All bounds are one-sided 95 % on the *excess* over the A/A floor, per token, with sessions drawn whole.
-Each metric is tested at its margin; passing needs all of them, so no correction is due (intersection-union).
+All bounds are one-sided on the *excess* over the A/A floor, per token, with sessions drawn whole: 95 %, or
+more where several candidates or looks share the error (see `levels`). Probes and the user's own checker are
+paired right-or-wrong answers against a margin of their own. Each metric is tested at its margin; passing
+needs all of them, so no correction is due (intersection-union). A high-value request that was harmed fails
+alone, whatever the means say.
 """
 
 from __future__ import annotations
@@ -23,15 +26,26 @@ from typing import Any
 
 import numpy as np
 
-from kvtune.quality.bootstrap import Estimate, bootstrap_mean
+from kvtune.quality.answers import AnswerOutcome
+from kvtune.quality.bootstrap import CONFIDENCE, Estimate, bootstrap_mean
+from kvtune.quality.coverage import (
+    METRICS,
+    blind_spots,
+    by_stratum,
+    covered,
+    finite,
+    item_means,
+    num_tokens,
+    worst,
+)
 from kvtune.quality.divergence import TokenDivergence, divergence, is_bit_equal
 from kvtune.quality.margins import Margin
+from kvtune.quality.probes import ProbeOutcome
 from kvtune.quality.replay import Reference
 from kvtune.target import Scores
 
 __all__ = ["METRICS", "MetricVerdict", "QualityVerdict", "Verdict", "judge"]
 
-METRICS = ("kl", "flips", "delta_nll")
 MIN_CLUSTERS = 8
 """Below this a bootstrap over sessions is guesswork."""
 FLOOR_SHARE = 1 / 3
@@ -59,12 +73,14 @@ class MetricVerdict:
     excess: Estimate
     verdict: Verdict
     more_requests: int | None = None
+    unit: str = "requests"
+    """What `more_requests` counts: requests, or questions of probes."""
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "margin": self.margin, "raw": _finite(self.raw), "floor": _finite(self.floor),
+            "margin": self.margin, "raw": finite(self.raw), "floor": finite(self.floor),
             "excess": self.excess.to_dict(), "verdict": self.verdict.value,
-            "more_requests": self.more_requests,
+            "more_requests": self.more_requests, "unit": self.unit,
         }  # fmt: skip
 
 
@@ -88,6 +104,19 @@ class QualityVerdict:
     worst_request: Mapping[str, Any] = field(default_factory=dict[str, Any])
     strata: Sequence[Mapping[str, Any]] = ()
     notes: tuple[str, ...] = ()
+    confidence: float = CONFIDENCE
+    probes: ProbeOutcome | None = None
+    answers: AnswerOutcome | None = None
+    cannot_see: tuple[str, ...] = ()
+    num_planned: int = 0
+    """Requests of the whole sample; fewer were replayed where an early look decided."""
+
+    @property
+    def more_requests(self) -> int | None:
+        """What an UNDECIDED verdict still needs; None where it is decided or no number would do."""
+        if self.verdict is not Verdict.UNDECIDED:
+            return None
+        return max((m.more_requests for m in self.metrics if m.more_requests is not None), default=None)
 
     @property
     def is_proven(self) -> bool:
@@ -104,19 +133,30 @@ class QualityVerdict:
             "kl_ids": self.num_ids, "kl_exact": self.is_exact_kl,
             "synthetic_text": self.is_synthetic_text,
             "worst_request": dict(self.worst_request), "strata": [dict(s) for s in self.strata],
-            "notes": list(self.notes),
+            "notes": list(self.notes), "confidence": self.confidence,
+            "covered": covered(self.strata, self.probes), "cannot_see": list(self.cannot_see),
+            "more_requests": self.more_requests, "num_planned": self.num_planned or self.num_requests,
+            "probes": None if self.probes is None else self.probes.to_dict(),
+            "answers": None if self.answers is None else self.answers.to_dict(),
         }  # fmt: skip
 
 
 def judge(
     reference: Reference, scores: Sequence[Scores], *, margin: Margin, is_lossy: bool,
     rng: np.random.Generator, decode_scores: Sequence[Scores] | None = None,
+    probes: ProbeOutcome | None = None, answers: AnswerOutcome | None = None,
+    confidence: float = CONFIDENCE, num_planned: int | None = None,
 ) -> QualityVerdict:  # fmt: skip
-    """Weigh a candidate's replay (and, where taken, its decode replay) against the reference.
+    """Weigh a candidate's replay (and, where taken, decode replay, probes, answers) against the reference.
 
     `is_lossy`: the candidate differs from the baseline in a knob that changes what reads return.
+    `confidence`: of each one-sided bound; those of `probes` and `answers` were made with their own.
+    `num_planned`: requests of the whole sample, where `reference` is an early look at it.
     """
     base = _facts(reference, margin)
+    base |= {"confidence": confidence, "probes": probes, "answers": answers}
+    base["num_planned"] = num_planned or len(reference.items)
+    base["cannot_see"] = tuple(blind_spots(reference, probes))
     pairs = list(zip(reference.scores, scores, strict=True))
     decoded = [reference.scores[i] for i in reference.decode_items] if decode_scores else []
     is_equal = all(is_bit_equal(a, b) for a, b in pairs)
@@ -125,7 +165,7 @@ def judge(
     candidate = [divergence(a, b) for a, b in pairs]
     floor = [divergence(a, b) for a, b in zip(reference.scores, reference.aa_scores, strict=True)]
     base |= {"num_ids": min(d.num_ids for d in candidate), "is_exact_kl": all(d.is_exact for d in candidate)}
-    base["worst_request"], base["strata"] = _worst(reference, candidate), _by_stratum(reference, candidate)
+    base["worst_request"], base["strata"] = worst(reference, candidate), by_stratum(reference, candidate)
     base["notes"] = (*base["notes"], *_notes(reference, candidate))
     decode_pair = (
         [divergence(a, b) for a, b in zip(decoded, decode_scores or (), strict=True)],
@@ -135,16 +175,25 @@ def judge(
     if broken:
         reason = f"log-probabilities of request {broken[0]!r} are not finite ({len(broken)} in all)"
         return QualityVerdict(verdict=Verdict.FAIL, reason=reason, **base)
-    metrics = [_weigh(m, (candidate, floor), reference.clusters, margin=margin, rng=rng) for m in METRICS]
+    metrics = [
+        _weigh(m, (candidate, floor), reference.clusters, margin=margin, rng=rng, confidence=confidence)
+        for m in METRICS
+    ]
     if decoded:
         base["num_decode"] = len(decoded)
         rows = reference.decode_items
         prefill_pair = [candidate[i] for i in rows], [floor[i] for i in rows]
         clusters = [reference.clusters[i] for i in rows]
         metrics += [
-            _weigh_decode(prefill, decode_pair, prefill_pair, clusters, rng=rng) for prefill in metrics
+            _weigh_decode(prefill, decode_pair, prefill_pair, clusters, rng=rng, confidence=confidence)
+            for prefill in metrics
         ]
-    verdict, reason = _combine(metrics, base["num_clusters"])
+    metrics += _weigh_answers(probes, answers, margin)
+    verdict, reason = _combine(metrics, base["num_clusters"], confidence)
+    if answers is not None and answers.harm and verdict is not Verdict.FAIL:
+        verdict, reason = Verdict.FAIL, answers.harm
+    elif answers is not None and answers.doubt and verdict is Verdict.PASS:
+        verdict, reason = Verdict.UNDECIDED, answers.doubt
     return QualityVerdict(verdict=verdict, reason=reason, metrics=tuple(metrics), **base)
 
 
@@ -193,30 +242,22 @@ _Means = np.ndarray[Any, np.dtype[np.float64]]
 _Pair = tuple[Sequence[TokenDivergence], Sequence[TokenDivergence]]
 
 
-def _item_means(divergences: Sequence[TokenDivergence], metric: str) -> _Means:
-    return np.array([float(getattr(d, metric).mean()) for d in divergences])
-
-
-def _num_tokens(divergences: Sequence[TokenDivergence]) -> _Means:
-    """Tokens of each answer, its weight: one flip in an answer of one token is no flip rate of 100 %."""
-    return np.array([float(len(d.kl)) for d in divergences])
-
-
 def _weigh(
-    name: str, pair: _Pair, clusters: Sequence[str], *, margin: Margin, rng: np.random.Generator
-) -> MetricVerdict:
+    name: str, pair: _Pair, clusters: Sequence[str], *, margin: Margin, rng: np.random.Generator,
+    confidence: float,
+) -> MetricVerdict:  # fmt: skip
     """One metric of (candidate, floor) over all requests."""
-    raw, noise, tokens = _item_means(pair[0], name), _item_means(pair[1], name), _num_tokens(pair[0])
-    excess = bootstrap_mean(raw - noise, clusters, rng=rng, weights=tokens)
+    raw, noise, tokens = item_means(pair[0], name), item_means(pair[1], name), num_tokens(pair[0])
+    excess = bootstrap_mean(raw - noise, clusters, rng=rng, weights=tokens, confidence=confidence)
     if name == "flips":  # rule of three: where no flip was seen, drawing again cannot see one either
-        excess = replace(excess, high=max(excess.high, 3 / float(tokens.sum())))
+        excess = replace(excess, high=max(excess.high, -math.log(1 - confidence) / float(tokens.sum())))
     means = float(np.average(raw, weights=tokens)), float(np.average(noise, weights=tokens))
     return _metric_verdict(name, margin.limits()[name], means, excess)
 
 
 def _weigh_decode(
     prefill: MetricVerdict, decode: _Pair, same_by_prefill: _Pair, clusters: Sequence[str], *,
-    rng: np.random.Generator,
+    rng: np.random.Generator, confidence: float,
 ) -> MetricVerdict:  # fmt: skip
     """One metric as decoding would show it: all requests by prefill plus what decoding adds on the subset.
 
@@ -224,16 +265,33 @@ def _weigh_decode(
     of the same requests can, and is exactly zero where both paths compute the same bits. The bounds are
     sums of bounds, hence conservative.
     """
-    raw, noise = _item_means(decode[0], prefill.name), _item_means(decode[1], prefill.name)
-    known, known_noise = (_item_means(side, prefill.name) for side in same_by_prefill)
-    tokens = _num_tokens(decode[0])
-    added = bootstrap_mean((raw - noise) - (known - known_noise), clusters, rng=rng, weights=tokens)
+    raw, noise = item_means(decode[0], prefill.name), item_means(decode[1], prefill.name)
+    known, known_noise = (item_means(side, prefill.name) for side in same_by_prefill)
+    tokens = num_tokens(decode[0])
+    added = bootstrap_mean(
+        (raw - noise) - (known - known_noise), clusters, rng=rng, weights=tokens, confidence=confidence
+    )
     excess = Estimate(
         value=prefill.excess.value + added.value, low=prefill.excess.low + added.low,
         high=prefill.excess.high + added.high, n=added.n, num_clusters=added.num_clusters,
     )  # fmt: skip
     means = float(np.average(raw, weights=tokens)), float(np.average(noise, weights=tokens))
     return _metric_verdict(f"decode_{prefill.name}", prefill.margin, means, excess)
+
+
+def _weigh_answers(
+    probes: ProbeOutcome | None, answers: AnswerOutcome | None, margin: Margin
+) -> list[MetricVerdict]:
+    """Right-or-wrong answers as metrics. Noise of the baseline turns answers either way: the bounds hold it,
+    so there is no floor to take off."""
+    out: list[MetricVerdict] = []
+    if probes is not None:
+        found = _metric_verdict("probes", margin.probes, (probes.loss.value, 0.0), probes.loss)
+        more = probes.more_needed(margin.probes) if found.verdict is Verdict.UNDECIDED else None
+        out.append(replace(found, more_requests=more, unit="questions"))
+    if answers is not None and answers.loss is not None:
+        out.append(_metric_verdict("checker", margin.probes, (answers.loss.value, 0.0), answers.loss))
+    return out
 
 
 def _metric_verdict(name: str, limit: float, means: tuple[float, float], excess: Estimate) -> MetricVerdict:
@@ -262,12 +320,14 @@ def _more_requests(excess: Estimate, limit: float) -> int | None:
     return max(more, 1) if more <= MAX_MORE_REQUESTS else None
 
 
-def _combine(metrics: Sequence[MetricVerdict], num_clusters: int) -> tuple[Verdict, str]:
+def _combine(metrics: Sequence[MetricVerdict], num_clusters: int, confidence: float) -> tuple[Verdict, str]:
     failed = [m for m in metrics if m.verdict is Verdict.FAIL]
     if failed and num_clusters >= MIN_CLUSTERS:
-        worst = max(failed, key=lambda m: m.excess.low / m.margin)
-        low = f"{worst.excess.low:.4g}"
-        return Verdict.FAIL, f"{worst.name} is at least {low} with 95 % confidence, margin {worst.margin:g}"
+        harm = max(failed, key=lambda m: m.excess.low / m.margin)
+        low = f"{harm.excess.low:.4g}"
+        return Verdict.FAIL, (
+            f"{harm.name} is at least {low} with {100 * confidence:.3g} % confidence, margin {harm.margin:g}"
+        )
     blind = [m for m in metrics if m.floor > m.margin * FLOOR_SHARE]
     if blind:
         m = max(blind, key=lambda m: m.floor / m.margin)
@@ -287,37 +347,7 @@ def _combine(metrics: Sequence[MetricVerdict], num_clusters: int) -> tuple[Verdi
         )
         return Verdict.UNDECIDED, (
             f"{m.name} is {m.excess.value:.4g} with bounds [{m.excess.low:.4g}, {m.excess.high:.4g}] around "
-            f"the margin {m.margin:g}; {more} requests would settle it"
+            f"the margin {m.margin:g}; {more} {m.unit} would settle it"
         )
     m = max(metrics, key=lambda m: m.excess.high / m.margin)
     return Verdict.PASS, f"closest is {m.name}: at most {m.excess.high:.4g}, margin {m.margin:g}"
-
-
-def _worst(reference: Reference, candidate: Sequence[TokenDivergence]) -> dict[str, Any]:
-    kl = _item_means(candidate, "kl")
-    worst = int(np.argmax(np.where(np.isnan(kl), np.inf, kl)))
-    return {
-        "request_id": candidate[worst].item_id, "kl": _finite(float(kl[worst])),
-        "flips": float(candidate[worst].flips.mean()),
-        "delta_nll": _finite(float(candidate[worst].delta_nll.mean())),
-        "p999_token_kl": _finite(float(np.quantile(np.concatenate([d.kl for d in candidate]), 0.999))),
-        **dict(reference.strata[worst]),
-    }  # fmt: skip
-
-
-def _by_stratum(reference: Reference, candidate: Sequence[TokenDivergence]) -> list[dict[str, Any]]:
-    """Raw means of each stratum, so that a reader sees which traffic the verdict covers."""
-    groups: dict[tuple[str, str], list[int]] = {}
-    for i, strata in enumerate(reference.strata):
-        for pair in strata.items():
-            groups.setdefault(pair, []).append(i)
-    means, tokens = {m: _item_means(candidate, m) for m in METRICS}, _num_tokens(candidate)
-    return [
-        {"stratum": name, "value": value, "num_requests": len(rows),
-         **{m: _finite(float(np.average(means[m][rows], weights=tokens[rows]))) for m in METRICS}}
-        for (name, value), rows in sorted(groups.items())
-    ]  # fmt: skip
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -14,19 +14,19 @@ import numpy as np
 
 from kvtune.errors import InvariantError
 from kvtune.quality import (
+    Gate,
     QualityVerdict,
     Reference,
+    SharedError,
     Slo,
     SpeedRatios,
     Verdict,
+    ask_baseline,
     compare_speed,
-    judge,
-    margin_named,
+    judge_candidate,
     record_reference,
-    replay,
-    replay_decode,
 )
-from kvtune.target import Config, LoadReport, LoadRequest, Scores, Target
+from kvtune.target import Config, LoadReport, LoadRequest, RunningTarget, Target
 from kvtune.tune.evaluation import CRASHES, Baseline, plain, started, warmed
 from kvtune.tune.loads import LoadPlan, choose_for_quality
 from kvtune.tune.pace import Pace
@@ -41,6 +41,8 @@ MAX_ROUNDS = 8
 SAFETY = 1.25
 DECODE_SHARE = 0.4
 """Most of the time left that the decode replays of baseline and candidate may take."""
+PROBE_SHARE = 0.25
+"""Of the time left, what the probes of baseline and two candidates may take, where probes are asked."""
 
 
 def reserve_s(pace: Pace, baseline: Baseline) -> float:
@@ -60,14 +62,16 @@ def candidate_s(pace: Pace, baseline: Baseline) -> float:
     replayed = pace.cost_s("replay", count) or pace.cost_s("reference", count) / 2
     parts = (
         2 * pace.cost_s("start"), replayed, pace.cost_s("decode", baseline.decode_tokens),
+        pace.cost_s("probes"),
         pace.cost_s("reference", count) / 3,  # a third of the reference run is generation
         2 * pace.cost_s("long load"),
     )  # fmt: skip
     return SAFETY * sum(parts)
 
 
-def affordable_requests(pace: Pace, baseline: Baseline) -> int:
-    """Requests the time left can replay for the baseline and two candidates; at least the search's count."""
+def affordable_requests(pace: Pace, baseline: Baseline, *, share: float = 1.0) -> int:
+    """Requests this share of the time left can replay for the baseline and two candidates; at least the
+    search's count."""
     fixed = 4 * pace.cost_s("start") + 5 * pace.cost_s("long load")
     fixed += 2 * pace.cost_s("decode", baseline.decode_tokens)  # a candidate that fails by prefill takes none
     each = pace.cost_s("reference") * (1 + 1 / 3) + 2 * (
@@ -75,7 +79,7 @@ def affordable_requests(pace: Pace, baseline: Baseline) -> int:
     )
     if each <= 0:
         return baseline.num_quality
-    return max(baseline.num_quality, int((pace.left_s / SAFETY - fixed) / each))
+    return max(baseline.num_quality, int((share * pace.left_s / SAFETY - fixed) / each))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +111,9 @@ class Confirmation:
         self._target, self._space, self._settings = target, space, settings
         self._pace, self._search, self._rng = pace, search, rng
         self._slo = settings.slo or Slo()
-        count = min(affordable_requests(pace, search), settings.max_confirm_requests)
+        has_questions = settings.questions.probes is not None
+        share = 1 - PROBE_SHARE if has_questions else 1.0
+        count = min(affordable_requests(pace, search, share=share), settings.max_confirm_requests)
         self._chosen = choose_for_quality(requests, count, rng)
         plan = LoadPlan.of(
             requests, count=len(search.plan.source), num_short=search.plan.num_short,
@@ -115,7 +121,12 @@ class Confirmation:
         )  # fmt: skip
         self.plan = replace(plan, arrival_scale=self._saturating_scale(plan))
         self.baseline_reports: list[LoadReport] = []
-        self._reference: Reference | None = None
+        self._gate: Gate | None = None
+        self._error = SharedError(1)
+
+    def share_error(self, num_candidates: int) -> None:
+        """Say how many candidates may be tried: a chance of one false PASS is shared among them."""
+        self._error = SharedError(max(1, num_candidates))
 
     def _saturating_scale(self, plan: LoadPlan) -> float:
         """Saturate as the search did: the same number of requests over the same time."""
@@ -125,24 +136,43 @@ class Confirmation:
         return min(1.0, searched / span) if span > 0 else 0.0
 
     @property
-    def reference(self) -> Reference:
-        if self._reference is None:
+    def gate(self) -> Gate:
+        if self._gate is None:
             raise InvariantError("a candidate was confirmed before the baseline")
-        return self._reference
+        return self._gate
+
+    @property
+    def reference(self) -> Reference:
+        return self.gate.reference
 
     def measure_baseline(self, *, runs: int = 1) -> None:
-        """Reference (decode replay included) and `runs` load runs of the baseline."""
+        """The gate's side of the baseline (probes and decode replay included) and `runs` load runs."""
         with started(self._target, self._space.baseline, self._settings, self._pace) as running:
             warmed(running, self.plan.long)
-            if self._reference is None:
-                replay_settings = replace(self._settings.replay, decode_budget_tokens=self._decode_tokens())
-                with self._pace.measure("confirm reference", len(self._chosen)):
-                    self._reference = record_reference(
-                        running, self._chosen, replay_settings,
-                        is_synthetic_text=self._settings.is_synthetic_text,
-                    )  # fmt: skip
+            if self._gate is None:
+                self._gate = self._recorded(running)
             for _ in range(runs):
                 self.baseline_reports.append(self._load(running, self._search.long))
+
+    def _recorded(self, running: RunningTarget) -> Gate:
+        settings = self._settings
+        replay_settings = replace(settings.replay, decode_budget_tokens=self._decode_tokens())
+        begin = self._pace.elapsed_s
+        with self._pace.measure("confirm reference", len(self._chosen)):
+            reference = record_reference(
+                running, self._chosen, replay_settings, is_synthetic_text=settings.is_synthetic_text
+            )
+        tokens = sum(len(i.prompt_token_ids) + len(i.continuation) for i in reference.items)
+        second_per_token = (self._pace.elapsed_s - begin) / tokens  # generation included: never too little
+        affordable = PROBE_SHARE * self._pace.left_s / (3 * SAFETY * max(second_per_token, 1e-9))
+        questions = settings.questions
+        if questions.probe_tokens is None:
+            questions = replace(questions, probe_tokens=int(affordable))
+        with self._pace.measure("probes"):
+            return ask_baseline(
+                running, reference, questions, margin=settings.limits, aa_chunk=settings.replay.aa_chunk,
+                error=self._error.level(0),
+            )  # fmt: skip
 
     def _decode_tokens(self) -> int:
         """Steps of the decode replay: at least what its shortest requests need, if the time left allows."""
@@ -167,13 +197,13 @@ class Confirmation:
             return SpeedRatios(ratios={})
         return compare_speed(second, first, slo=self._slo, rng=self._rng)
 
-    def confirm(self, config: Config) -> Confirmed:
-        """Quality, then interleaved loads: candidate, baseline, candidate, ... until it is decided.
+    def confirm(self, config: Config, *, index: int = 0) -> Confirmed:
+        """Candidate `index`, best first: quality, then loads of it and of the baseline in turn until decided.
 
         A crash of the candidate rejects it with its reason; a crash of the baseline is raised.
         """
         try:
-            quality, effective, answers, report = self._first_pass(config)
+            quality, effective, answers, report = self._first_pass(config, index)
         except CRASHES as error:
             return self._crashed(config, error)
         reports = [] if report is None else [report]
@@ -204,29 +234,20 @@ class Confirmation:
         )  # fmt: skip
 
     def _first_pass(
-        self, config: Config
+        self, config: Config, index: int
     ) -> tuple[QualityVerdict, dict[str, Any], tuple[tuple[int, ...], ...], LoadReport | None]:
-        reference = self.reference
         with started(self._target, config, self._settings, self._pace) as running:
             effective: dict[str, Any] = plain(dict(running.effective))
-            scores = replay(running, reference)
-            quality = self._judge(config, scores, ())
-            if quality.verdict is Verdict.PASS and reference.decode_items:
-                decoded = replay_decode(
-                    running, reference.items, reference.decode_items, num_top=reference.num_top
-                )
-                quality = self._judge(config, scores, decoded)
+            quality, _ = judge_candidate(
+                running, self.gate, is_lossy=self._space.is_lossy(config), rng=self._rng,
+                error=self._error.level(index),
+            )  # fmt: skip
             if quality.verdict is not Verdict.PASS:
                 return quality, effective, (), None
+            self._error.passed(index)
             answers = tuple(tuple(int(t) for t in a) for a in running.generate(self.asked()))
             report = self._load(running, self._search.long)
         return quality, effective, answers, report
-
-    def _judge(self, config: Config, scores: Sequence[Scores], decoded: Sequence[Scores]) -> QualityVerdict:
-        return judge(
-            self.reference, scores, margin=margin_named(self._settings.margin), rng=self._rng,
-            is_lossy=self._space.is_lossy(config), decode_scores=decoded or None,
-        )  # fmt: skip
 
     def _run_rounds(self, config: Config, reports: list[LoadReport]) -> str:
         """Further pairs of runs until the speed is decided; returns why the candidate failed, if it did."""
@@ -273,7 +294,7 @@ class Confirmation:
         reference = self.reference
         reason = " ".join(f"crashed in the confirmation: {error}".split())
         quality = QualityVerdict(
-            verdict=Verdict.UNDECIDED, reason=reason, margin=margin_named(self._settings.margin),
+            verdict=Verdict.UNDECIDED, reason=reason, margin=self._settings.limits,
             num_requests=len(reference.items), num_clusters=len(set(reference.clusters)), num_tokens=0,
             is_synthetic_text=self._settings.is_synthetic_text,
         )  # fmt: skip

@@ -20,7 +20,6 @@ from kvtune.quality import (
     Verdict,
     compare_speed,
     judge,
-    margin_named,
     record_reference,
     replay,
     summarise,
@@ -113,7 +112,7 @@ class Evaluator:
         self._pace, self._rng = pace, rng
         self._slo = settings.slo or Slo()
         self.objective = Objective(settings.slo is not None)
-        self.margin = margin_named(settings.margin)
+        self.margin = settings.limits
         self.verdicts: dict[ReadKey, Mapping[str, Any]] = {}
         self._baseline: Baseline | None = None
         self._aa: SpeedRatios | None = None

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from kvtune._version import __version__
-from kvtune.quality import Slo, SpeedRatios, Verdict, margin_named, summarise
+from kvtune.quality import Slo, SpeedRatios, Verdict, summarise
 from kvtune.recipe import DEFAULT_VOIDED_BY, Recipe, codec_constants_sha256, configuration_of
 from kvtune.target import Config, LoadReport, Target
 from kvtune.tune.confirmation import Confirmed
@@ -149,7 +149,7 @@ class Outcome:
         }  # fmt: skip
 
     def _margin(self) -> dict[str, Any]:
-        return margin_named(self.settings.margin).to_dict()
+        return self.settings.limits.to_dict()
 
     def record(self) -> dict[str, Any]:
         """The content of result.json, and of `kvtune tune --json`."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from kvtune.config import parse_duration
 from kvtune.errors import UsageError
-from kvtune.quality import ReplaySettings, Slo, margin_named
+from kvtune.quality import GateQuestions, Margin, ReplaySettings, Slo, margin_named
 
 __all__ = ["Progress", "ProgressEvent", "TuneResult", "TuneSettings", "parse_slo"]
 
@@ -50,6 +50,14 @@ class TuneSettings:
     patience: int = 12
     """Measured trials in a row without a better one after which the search ends early."""
     max_confirmed: int = 6
+    probe_margin: float | None = None
+    """Largest net loss of probes; None as the margin says."""
+    questions: GateQuestions = field(default_factory=GateQuestions)
+    """What the confirmation asks beyond the replay: probes, high-value requests, judged answers."""
+
+    @property
+    def limits(self) -> Margin:
+        return margin_named(self.margin, probes=self.probe_margin)
 
     def __post_init__(self) -> None:
         margin_named(self.margin)

@@ -112,8 +112,9 @@ class _Run:
             raise
         stop_reason = self._search(study)
         self._probe_frontier()
-        confirmation = self._confirmation()
-        confirmed, rejected = self._confirm(confirmation)
+        candidates = self._candidates()
+        confirmation = self._confirmation(len(candidates))
+        confirmed, rejected = self._confirm(confirmation, candidates)
         outcome = Outcome(
             target=self._target, settings=self._settings, identity=identity, requests=self._requests,
             search=self._evaluator.baseline, baseline_config=self._space.baseline,
@@ -275,14 +276,14 @@ class _Run:
 
     # -- confirmation
 
-    def _confirmation(self) -> Confirmation:
+    def _confirmation(self, num_candidates: int) -> Confirmation:
         self._say("confirm", "measuring the baseline on requests the search never saw")
         confirmation = Confirmation(
             self._target, self._space, self._settings, pace=self._pace, search=self._evaluator.baseline,
             requests=self._confirm_half, rng=self._rng,
         )  # fmt: skip
-        has_candidate = bool(self._candidates())
-        confirmation.measure_baseline(runs=1 if has_candidate else 2)
+        confirmation.share_error(min(num_candidates, self._settings.max_confirmed))
+        confirmation.measure_baseline(runs=1 if num_candidates else 2)
         return confirmation
 
     def _candidates(self) -> list[Trial]:
@@ -321,17 +322,19 @@ class _Run:
         known = self._evaluator.verdicts.get(self._space.read_key(config))
         return known is None or may_pass(known)
 
-    def _confirm(self, confirmation: Confirmation) -> tuple[Confirmed | None, list[Confirmed]]:
+    def _confirm(
+        self, confirmation: Confirmation, candidates: Sequence[Trial]
+    ) -> tuple[Confirmed | None, list[Confirmed]]:
         """The first candidate that stands and is worth it; the others with their reasons."""
         rejected: list[Confirmed] = []
         harmful: set[str] = set()
-        for trial in self._candidates():
+        for trial in candidates:
             if self._space.read_key(trial.config) in harmful:
                 continue
             if len(rejected) >= self._settings.max_confirmed or (rejected and self._has_no_time()):
                 break
             self._say("confirm", f"confirming {_brief(trial.config)}")
-            confirmed = confirmation.confirm(trial.config)
+            confirmed = confirmation.confirm(trial.config, index=len(rejected))
             ratio = (trial.bytes_per_token or 0.0) / self._evaluator.baseline.bytes_per_token
             if not confirmed.rejected and is_better_confirmed(
                 confirmed, bytes_ratio=ratio, has_slo=self._settings.slo is not None
