@@ -17,6 +17,7 @@ TENSOR_FREE = (
     "kvtune.workload", "kvtune.predict", "kvtune.cache", "kvtune.sched", "kvtune.report", "kvtune.quality",
     "kvtune.tune", "kvtune.cli.main", "kvtune.cli.plan", "kvtune.cli.trace", "kvtune.cli.tune",
     "kvtune.cli.emit", "kvtune.cli.bench", "kvtune.cli.doctor", "kvtune.cli.simulate", "kvtune.cache.replay",
+    "kvtune.latency", "kvtune.sim", "kvtune.cli.simulate_serve",
 )  # fmt: skip
 
 

@@ -98,7 +98,7 @@ def test_a_card_named_on_the_command_line_gives_a_roofline_and_its_own_budget(
     saved = tmp_path / "run.json"
     code, result = run_json(
         capsys, str(trace), "--mode", "serve", "--model", LLAMA_8B, "--gpu", "H100-80GB",
-        "--slo", "ttft_p95=2s,tpot_p95=50ms", "--save", str(saved),
+        "--slo", "ttft_p95=2s,tpot_p95=50ms", "--save", str(saved), "--html", str(tmp_path / "run.html"),
     )  # fmt: skip
     assert code == 0
     assert result["cost_model"]["source"] == "roofline"
@@ -108,6 +108,7 @@ def test_a_card_named_on_the_command_line_gives_a_roofline_and_its_own_budget(
     assert result["slo"]["attainment"] == 1.0
     assert result["server"]["num_blocks"] * 16 * 131072 > 40 * 2**30  # Llama-3.1-8B: 128 KiB a token
     assert len(json.loads(saved.read_text())["ttfts"]) == 32
+    assert "Course of the run" in (tmp_path / "run.html").read_text()
 
 
 def test_a_faster_trace_makes_requests_wait(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,6 +130,7 @@ def test_a_faster_trace_makes_requests_wait(trace: Path, capsys: pytest.CaptureF
         (("TRACE", "--model", LLAMA_8B, "--gpu", "H100-80GB", "--rate-factor", "0"), "rate factor"),
         (("TRACE", "--model", LLAMA_8B, "--gpu", "H100-80GB", "--kv-dtype", "int3"), "int3"),
         (("TRACE", "--model", LLAMA_8B, "--calibration", "/no/such/file"), "make one with --calibrate"),
+        (("TRACE", "--model", LLAMA_8B, "--gpu", "H100-80GB", "--html", "/no/dir/x"), "no folder /no/dir"),
         (("--calibrate", "/no/such/model"), "/no/such/model"),
     ],
 )

@@ -89,6 +89,9 @@ def serve(
         facts = _calibrate(calibrate, recipe=recipe, seconds=seconds, out=out)
         print(json.dumps(facts) if as_json else _calibrated_text(facts))
         return
+    for name, file in (("--html", html), ("--save", save)):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise UsageError(f"{name} {file}: there is no folder {file.absolute().parent}; create it first")
     if trace is None:
         raise UsageError("nothing to simulate: give a TRACE, or --calibrate MODEL")
     server = _server(model, recipe, calibration, gpu).with_settings(

@@ -193,6 +193,7 @@ class FittedCost:
         return {
             "source": self.source,
             "fit_error": None if self.error is None else self.error.to_dict(),
+            "mean_error_on_unseen_shapes": None if self.error is None else self.error.mean_absolute,
             "num_measured_steps": self.num_steps,
             "level": self.level,
             "submission_s": {"per_request": self.submission[0], "per_prompt_token": self.submission[1]},
