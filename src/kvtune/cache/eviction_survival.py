@@ -44,6 +44,7 @@ class Survival:
 
     edges: Final = (0, *((16 if b % 2 else 24) << ((b - 1) // 2) for b in range(1, NUM_AGES)))
     """Lower edge of each age bucket, in block references."""
+    _widths: Final[FloatArray] = np.diff(np.asarray(edges, dtype=np.float64))
 
     def __init__(self) -> None:
         cells = NUM_CLASSES * NUM_AGES
@@ -52,7 +53,9 @@ class Survival:
         self._new_used = [0] * cells  # since the last look
         self._new_at_risk = [0] * cells
         self._last = 0
-        self._scores = self._rebuilt(1.0)
+        # All classes alike: the first constant leans on itself.
+        first = np.full((1, NUM_AGES), _FIRST_HAZARD)
+        self._scores: list[list[float]] = _best_rates(first, self._widths).tolist() * NUM_CLASSES
 
     def bucket(self, age: int) -> int:
         return bisect_right(self.edges, age) - 1
@@ -103,8 +106,7 @@ class Survival:
         for fan, level_used, level_at_risk in zip((1, *CLASS_LEVELS), used, at_risk, strict=True):
             wider = np.repeat(hazard, fan, axis=0)
             hazard = (level_used + wider * strength) / (level_at_risk + strength)
-        scores = _best_rates(np.minimum(hazard, _LARGEST_HAZARD), np.asarray(self.edges, dtype=np.float64))
-        return scores.tolist()
+        return _best_rates(np.minimum(hazard, _LARGEST_HAZARD), self._widths).tolist()
 
 
 def _merged(fine: FloatArray, fan: int) -> FloatArray:
@@ -116,9 +118,8 @@ def _merged(fine: FloatArray, fan: int) -> FloatArray:
     return sums
 
 
-def _best_rates(hazard: FloatArray, edges: FloatArray) -> FloatArray:
+def _best_rates(hazard: FloatArray, widths: FloatArray) -> FloatArray:
     """[classes, ages] scores. The last bucket has no upper edge: it continues the one before."""
-    widths = np.diff(edges)
     starts = NUM_AGES - 1
     alive: FloatArray = np.ones((len(hazard), starts))
     cost: FloatArray = np.zeros((len(hazard), starts))
