@@ -167,3 +167,12 @@ def test_a_negative_length_and_empty_limits_are_refused_by_name() -> None:
         LengthPredictor().observe(LengthKey(), -1)
     with pytest.raises(UsageError, match="max_contexts"):
         LengthPredictor(max_contexts=0)
+
+
+def test_few_observations_do_not_make_outputs_look_endless() -> None:
+    predictor = LengthPredictor()
+    for length in draws(np.random.default_rng(5), 200, 32):
+        predictor.observe(LengthKey(), length)
+    shown = predictor.predict_constant(max_tokens=16_384)
+    assert shown.survival(4_000) < 0.02
+    assert shown.mean() < 400

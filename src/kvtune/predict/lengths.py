@@ -63,7 +63,7 @@ class _View:
 
 
 _VIEWS: Final = (
-    _View("constant", -1, math.inf, 4.0, 1.0),
+    _View("constant", -1, math.inf, 2.0, 1.0),
     _View("recent", 0, 1000.0, 32.0, 1.0),
     _View("client", 1, 500.0, 16.0, 1.5),
     _View("session", 2, 16.0, 4.0, 4.0),
@@ -75,8 +75,10 @@ _VIEWS: Final = (
     _View("session over new tokens", 7, 40.0, 12.0, 4.0),
 )
 _KERNELS: Final = tuple(kernel_rows(view.spread) for view in _VIEWS)
-_FLAT: Final[Floats] = np.sqrt(WIDTHS) / np.sqrt(WIDTHS).sum()
-"""What is believed before the first observation: between uniform in the length and in its logarithm."""
+_UNSEEN: Final[Floats] = WIDTHS * (EDGES[:-1] + 1.0) ** -1.25
+_PRIOR: Final[Floats] = _UNSEEN / _UNSEEN.sum()
+"""What is believed before the first observation: no length is ruled out, a longer octave is a little less
+likely than the one before (heavier tails make a batch of few observations look endless)."""
 
 
 class _Context:
@@ -134,7 +136,7 @@ class LengthPredictor:
 
     def predict_constant(self, *, max_tokens: int | None = None) -> LengthDistribution:
         """The baseline: everything seen, equally weighted, no keys."""
-        return LengthDistribution(self._view(0, None, _FLAT), max_tokens=max_tokens)
+        return LengthDistribution(self._view(0, None, _PRIOR), max_tokens=max_tokens)
 
     def trust(self) -> dict[str, float]:
         """How much each view counts now; sums to 1."""
@@ -180,7 +182,7 @@ class LengthPredictor:
         """Masses by view, [views, NUM_BUCKETS], every one positive and summing to 1."""
         rows: list[Floats] = []
         for index, (view, name) in enumerate(zip(_VIEWS, self._names(key), strict=True)):
-            parent = _FLAT if view.parent < 0 else rows[view.parent]
+            parent = _PRIOR if view.parent < 0 else rows[view.parent]
             rows.append(parent if name is None else self._view(index, name, parent))
         return np.array(rows)
 
