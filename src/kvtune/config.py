@@ -131,7 +131,9 @@ class CacheConfig(_Settings):
     )
     first_block_16bit: bool = _knob(False, "keep block 0 of every sequence in 16 bit")
     enable_prefix_caching: bool = _knob(True, "share blocks of equal prefixes")
-    eviction_policy: str = _knob("lru", "which idle block leaves first: lru | fifo")
+    eviction_policy: str = _knob(
+        "guarded", "which idle block leaves first: guarded | lru | fifo | gdsf | hazard"
+    )
 
     def __post_init__(self) -> None:
         _check_range(self)

@@ -45,7 +45,9 @@ class Life:
 
 
 class CacheMachine(RuleBasedStateMachine):
-    @initialize(policy=st.sampled_from(["lru", "fifo"]), first=st.sampled_from([0, 0, 3]))
+    @initialize(
+        policy=st.sampled_from(["lru", "fifo", "gdsf", "hazard", "guarded"]), first=st.sampled_from([0, 0, 3])
+    )
     def build(self, policy, first):
         self.policy, self.first = policy, first
         self.manager = KVCacheManager(

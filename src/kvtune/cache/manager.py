@@ -53,7 +53,7 @@ class KVCacheManager:
         *,
         block_size: int,
         enable_prefix_caching: bool = True,
-        policy: str | PolicyFactory = "lru",
+        policy: str | PolicyFactory = "guarded",
         fingerprint: bytes = b"",
         num_first_blocks: Sequence[int] | None = None,
     ) -> None:
