@@ -21,6 +21,16 @@ def check(
         Path | None, typer.Option("--vllm-python", help="Python that has vLLM, for a recipe of vLLM.")
     ] = None,
     num_requests: Annotated[int, typer.Option(min=8, help="Requests to replay.")] = 64,
+    high_value: Annotated[
+        Path | None,
+        typer.Option("--high-value", help="Requests that must not change: each is judged alone."),
+    ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            "--judge", help="module:function(request, answer) -> bool or 0..1, run over both sides' answers."
+        ),
+    ] = None,
     trace_block_size: Annotated[
         int | None, typer.Option(help="Prompt tokens per hash id of a trace.")
     ] = None,
@@ -33,15 +43,23 @@ def check(
     """Replay requests under a recipe and under its baseline; exit 0 on PASS, 1 on any other verdict."""
     import numpy as np
 
+    from kvtune.cli.gate_questions import gate_questions
     from kvtune.cli.tune import VLLM_TOP, materialised, open_target, read_workload
     from kvtune.config import parse_bytes
-    from kvtune.quality import ReplaySettings, judge, margin_named, record_reference, replay, replay_decode
+    from kvtune.quality import (
+        ReplaySettings,
+        ask_baseline,
+        judge_candidate,
+        margin_named,
+        record_reference,
+    )
     from kvtune.recipe import Recipe
     from kvtune.tune import SearchSpace, choose_for_quality
 
     found = Recipe.load(recipe)
     baseline = _member(found.baseline, "baseline", "configuration")
-    margin = margin_named(str(_member(found.provenance, "provenance", "margin").get("name")))
+    proven_at = _member(found.provenance, "provenance", "margin")
+    margin = margin_named(str(proven_at.get("name")), probes=_share(proven_at.get("probes")))
     requests = read_workload(workload, demo=False, seed=seed, block_size=trace_block_size, limit=None)
     folder = Path(str(found.model.get("path", "")))
     if not folder.is_dir():
@@ -55,18 +73,20 @@ def check(
     settings = ReplaySettings()
     if target.name == "vllm":
         settings = ReplaySettings(num_decode=0, max_top=VLLM_TOP)
+    questions = gate_questions(
+        requests, tokens, folder, max_model_len=length, seed=seed, high_value=high_value, judge=judge
+    )
     with target.start(baseline, kv_budget_bytes=budget_bytes) as running:
         reference = record_reference(
             running, choose_for_quality(tokens.requests, num_requests, rng), settings,
             is_synthetic_text=tokens.is_synthetic_text,
         )  # fmt: skip
+        gate = ask_baseline(running, reference, questions, margin=margin, aa_chunk=settings.aa_chunk)
     with target.start(found.knobs, kv_budget_bytes=budget_bytes) as running:
-        scores = replay(running, reference)
-        decoded = replay_decode(running, reference.items, reference.decode_items, num_top=reference.num_top)
-    verdict = judge(
-        reference, scores, margin=margin, rng=rng,
-        is_lossy=SearchSpace(target.knobs()).is_lossy(found.knobs), decode_scores=decoded or None,
-    ).to_dict()  # fmt: skip
+        quality, cost = judge_candidate(
+            running, gate, is_lossy=SearchSpace(target.knobs()).is_lossy(found.knobs), rng=rng
+        )
+    verdict = {**quality.to_dict(), "forward_passes": round(cost.passes, 3)}
     record = {
         "schema_version": 1, "recipe": str(recipe), "content_sha256": found.content_sha256,
         "workload": str(workload), "voided": _voided(found.model, target.identity()["model"]), **verdict,
@@ -85,6 +105,11 @@ def _member(section: Any, name: str, member: str) -> dict[str, Any]:
     return cast("dict[str, Any]", found)
 
 
+def _share(value: Any) -> float | None:
+    """A margin of right-or-wrong answers; recipes of earlier versions have none."""
+    return float(value) if isinstance(value, (int, float)) and 0 < value < 1 else None
+
+
 def _voided(then: Any, now: Any) -> list[str]:
     """What changed of the model since the recipe was proven."""
     names = ("weights_sha256", "config_sha256", "tokenizer_sha256")
@@ -93,12 +118,16 @@ def _voided(then: Any, now: Any) -> list[str]:
 
 
 def _as_text(record: dict[str, Any]) -> str:
+    from kvtune.cli.gate_questions import answers_text, probes_text
+
     lines = [f"verdict     {record['verdict']}: {record['reason']}"]
     for name, metric in record["metrics"].items():
         excess = metric["excess"]
         bounds = ", ".join("-" if excess[b] is None else f"{excess[b]:.4g}" for b in ("low", "high"))
         lines.append(f"{name:<17} {excess['value']:.4g} [{bounds}], margin {metric['margin']:g}")
+    lines += [*probes_text(record), *answers_text(record)]
     lines += [f"voided      {reason}" for reason in record["voided"]]
     lines += [f"note        {note}" for note in record["notes"]]
+    lines += [f"cannot see  {spot}" for spot in record["cannot_see"]]
     lines.append(f"on          {record['num_requests']} requests, {record['num_clusters']} sessions")
     return "\n".join(lines)

@@ -24,6 +24,8 @@ __all__ = ["materialised", "open_target", "read_workload", "tune"]
 
 DEFAULT_BUDGET, DEMO_BUDGET = "10m", "5m"
 DEMO_REQUESTS = 720
+DEMO_PROBE_MARGIN = 0.05
+"""What the demo's five minutes can prove of right-or-wrong answers."""
 VLLM_TOP = 128
 """Ids per token asked of a vLLM server: its answers travel as JSON text."""
 
@@ -54,6 +56,16 @@ def tune(
     margin: Annotated[
         str, typer.Option(help="What counts as harm: near-lossless | balanced | aggressive.")
     ] = "near-lossless",
+    high_value: Annotated[
+        Path | None,
+        typer.Option("--high-value", help="Requests that must not change: each is judged alone."),
+    ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            "--judge", help="module:function(request, answer) -> bool or 0..1, run over both sides' answers."
+        ),
+    ] = None,
     trace_block_size: Annotated[
         int | None, typer.Option(help="Prompt tokens per hash id of a trace.")
     ] = None,
@@ -68,7 +80,8 @@ def tune(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> int:
     """Find the smallest KV cache that serves your requests without hurting the answers, and prove it."""
-    from kvtune.quality import ReplaySettings, margin_named
+    from kvtune.cli.gate_questions import gate_questions
+    from kvtune.quality import ReplaySettings, load_checker, margin_named
     from kvtune.recipe import write_atomically
     from kvtune.report import render, render_markdown
     from kvtune.tune import TuneSettings, check_output, parse_slo, run
@@ -81,13 +94,16 @@ def tune(
     pad_rows = 16 if dtype == "float32" else 0
     settings = TuneSettings(
         budget_s=parse_duration((DEMO_BUDGET if demo else DEFAULT_BUDGET) if budget is None else budget),
-        margin=margin_named(margin).name, slo=None if slo is None else parse_slo(slo),
+        margin=margin_named(margin).name, probe_margin=DEMO_PROBE_MARGIN if demo else None,
+        slo=None if slo is None else parse_slo(slo),
         kv_budget_bytes=parse_bytes(kv_budget), seed=seed, resume=resume,
         engine={"dtype": dtype, "max_model_len": max_model_len, "num_threads": threads, "pad_rows": pad_rows},
         replay=ReplaySettings() if engine == "kvtune" else ReplaySettings(num_decode=0, max_top=VLLM_TOP),
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )  # fmt: skip
     config = EngineConfig(dtype=dtype, max_model_len=max_model_len, num_threads=threads, pad_rows=pad_rows)
+    if judge is not None:
+        load_checker(judge)  # a typing error should not wait for a model to load
     model_path = _model_path(model, demo=demo)
     if not resume and not (demo and out is None) and (folder / "result.json").exists():
         raise UsageError(f"{folder} holds a finished run; give another --out, or delete it first")
@@ -100,7 +116,10 @@ def tune(
         command=_command(model, workload, demo=demo, engine=engine, budget=budget, kv_budget=kv_budget,
                          out=out, slo=slo, margin=margin, dtype=dtype, seed=seed, scale=scale,
                          max_model_len=max_model_len, num_requests=num_requests, vllm_python=vllm_python,
-                         trace_block_size=trace_block_size, threads=threads),
+                         trace_block_size=trace_block_size, threads=threads, high_value=high_value,
+                         judge=judge),
+        questions=gate_questions(requests, tokens, model_path, max_model_len=length, seed=seed,
+                                 high_value=high_value, judge=judge),
     )  # fmt: skip
     with _Progress(settings) as progress:
         try:
@@ -251,6 +270,8 @@ class _Progress:
 
 
 def _as_text(record: Mapping[str, Any], folder: Path) -> str:
+    from kvtune.cli.gate_questions import answers_text, probes_text
+
     baseline, winner, quality = record["baseline"], record["winner"], record["quality"]
     before, after = (s["metrics"]["kv_bytes_per_token"] for s in (baseline, winner))
     held = record["held"]
@@ -264,6 +285,8 @@ def _as_text(record: Mapping[str, Any], folder: Path) -> str:
         *_speed_lines(record),
         f"verdict     {quality['verdict']}: {quality['reason']}",
         *(f"            {note}" for note in quality["notes"]),
+        *probes_text(quality),
+        *answers_text(quality),
         _failing_line(record["smallest_failing_step"], before),
         *(f"limit       {limit}" for limit in record["limits"] if limit.startswith("speed")),
         f"search      {len(record['trials'])} trials in {record['elapsed_s']:.0f} s: {record['stop_reason']}",

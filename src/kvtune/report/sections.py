@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvtune.report import record
+from kvtune.report.answers import answer_blocks, limit_blocks
 from kvtune.report.blocks import (
     VERDICT_TONES,
     Block,
@@ -315,6 +316,8 @@ def _quality(result: Mapping[str, Any]) -> Section:
             *((table, chart) if rows else (Paragraph("Metrics: not recorded", "warn"),)),
             *_strata(quality),
             *_worst(quality),
+            *answer_blocks(quality),
+            *limit_blocks(quality),
         ),
     )
 
