@@ -31,6 +31,7 @@ def main() -> int:
         "--json", str(args.out / "bench_codec_quality.json"),
         *(word for name in variants for word in ("--variant", name)),
     ]  # fmt: skip
+    commands["bench_simulate"] = ["--json", str(args.out / "bench_simulate.json")]
     if args.traces:
         trace = Path(args.traces) / "azure2023_conv.csv.gz"
         commands["bench_capacity"] = ["--trace", str(trace), "--json", str(args.out / "bench_capacity.json")]
