@@ -35,7 +35,7 @@ def main() -> int:
     if args.traces:
         trace = Path(args.traces) / "azure2023_conv.csv.gz"
         commands["bench_capacity"] = ["--trace", str(trace), "--json", str(args.out / "bench_capacity.json")]
-        for name in ("bench_replay", "bench_predict"):
+        for name in ("bench_replay", "bench_eviction", "bench_predict"):
             commands[name] = ["--traces", str(args.traces), "--json", str(args.out / f"{name}.json")]
     else:
         print("bench_capacity, _replay and _predict left out: give --traces DIR with the public traces")
