@@ -75,10 +75,10 @@ _VIEWS: Final = (
     _View("session over new tokens", 7, 40.0, 12.0, 4.0),
 )
 _KERNELS: Final = tuple(kernel_rows(view.spread) for view in _VIEWS)
-_UNSEEN: Final[Floats] = WIDTHS * (EDGES[:-1] + 1.0) ** -1.25
+_UNSEEN: Final[Floats] = WIDTHS * (EDGES[:-1] + 1.0) ** -2.0
 _PRIOR: Final[Floats] = _UNSEEN / _UNSEEN.sum()
-"""What is believed before the first observation: no length is ruled out, a longer octave is a little less
-likely than the one before (heavier tails make a batch of few observations look endless)."""
+"""What is believed of lengths never seen: none is ruled out, and whoever outlived all that was seen is as
+likely to end as to go on before its length has doubled (heavier tails make batches look endless)."""
 
 
 class _Context:
