@@ -23,7 +23,7 @@ from kvtune.quality.answers import (
     record_answers,
 )
 from kvtune.quality.bootstrap import CONFIDENCE
-from kvtune.quality.levels import MIN_PASS_CLUSTERS, Look, looks_of
+from kvtune.quality.levels import Look, is_decided, looks_of
 from kvtune.quality.margins import Margin
 from kvtune.quality.probes import (
     ProbeOutcome,
@@ -146,10 +146,9 @@ class _Candidate:
             )
             self._scores += replay(self._running, part)
             verdict = self._weigh(look)
-            enough = verdict.num_clusters >= MIN_PASS_CLUSTERS
-            if look.is_last or verdict.verdict is Verdict.FAIL:
-                return verdict, look
-            if verdict.verdict is Verdict.PASS and enough and not verdict.is_bit_equal:
+            is_pass = verdict.verdict is Verdict.PASS and not verdict.is_bit_equal
+            is_fail = verdict.verdict is Verdict.FAIL
+            if is_decided(look, is_pass=is_pass, is_fail=is_fail, num_clusters=verdict.num_clusters):
                 return verdict, look
         raise InvariantError("no look was the last")
 

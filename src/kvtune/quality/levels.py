@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from kvtune.errors import UsageError
 from kvtune.quality.bootstrap import CONFIDENCE
 
-__all__ = ["LOOKS", "MIN_FAIL_CLUSTERS", "MIN_PASS_CLUSTERS", "Look", "SharedError", "looks_of"]
+__all__ = ["LOOKS", "MIN_FAIL_CLUSTERS", "MIN_PASS_CLUSTERS", "Look", "SharedError", "is_decided", "looks_of"]
 
 ERROR = 1 - CONFIDENCE
 LOOKS = ((0.25, 0.1), (0.5, 0.3), (1.0, 0.6))
@@ -35,6 +35,11 @@ class Look:
     num_items: int
     confidence: float
     is_last: bool
+
+
+def is_decided(look: Look, *, is_pass: bool, is_fail: bool, num_clusters: int) -> bool:
+    """Whether to stop at this look."""
+    return look.is_last or is_fail or (is_pass and num_clusters >= MIN_PASS_CLUSTERS)
 
 
 def looks_of(num_items: int, *, error: float = ERROR) -> tuple[Look, ...]:

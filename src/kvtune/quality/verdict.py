@@ -44,7 +44,15 @@ from kvtune.quality.probes import ProbeOutcome
 from kvtune.quality.replay import Reference
 from kvtune.target import Scores
 
-__all__ = ["METRICS", "MetricVerdict", "QualityVerdict", "Verdict", "judge"]
+__all__ = [
+    "METRICS",
+    "MetricVerdict",
+    "QualityVerdict",
+    "Verdict",
+    "combine",
+    "judge",
+    "weigh_divergences",
+]
 
 MIN_CLUSTERS = 8
 """Below this a bootstrap over sessions is guesswork."""
@@ -175,10 +183,9 @@ def judge(
     if broken:
         reason = f"log-probabilities of request {broken[0]!r} are not finite ({len(broken)} in all)"
         return QualityVerdict(verdict=Verdict.FAIL, reason=reason, **base)
-    metrics = [
-        _weigh(m, (candidate, floor), reference.clusters, margin=margin, rng=rng, confidence=confidence)
-        for m in METRICS
-    ]
+    metrics = weigh_divergences(
+        candidate, floor, reference.clusters, margin=margin, rng=rng, confidence=confidence
+    )
     if decoded:
         base["num_decode"] = len(decoded)
         rows = reference.decode_items
@@ -189,12 +196,23 @@ def judge(
             for prefill in metrics
         ]
     metrics += _weigh_answers(probes, answers, margin)
-    verdict, reason = _combine(metrics, base["num_clusters"], confidence)
+    verdict, reason = combine(metrics, base["num_clusters"], confidence)
     if answers is not None and answers.harm and verdict is not Verdict.FAIL:
         verdict, reason = Verdict.FAIL, answers.harm
     elif answers is not None and answers.doubt and verdict is Verdict.PASS:
         verdict, reason = Verdict.UNDECIDED, answers.doubt
     return QualityVerdict(verdict=verdict, reason=reason, metrics=tuple(metrics), **base)
+
+
+def weigh_divergences(
+    candidate: Sequence[TokenDivergence], floor: Sequence[TokenDivergence], clusters: Sequence[str], *,
+    margin: Margin, rng: np.random.Generator, confidence: float = CONFIDENCE,
+) -> list[MetricVerdict]:  # fmt: skip
+    """Each metric of a replay against its margin; `floor` is the A/A replay of the same items."""
+    return [
+        _weigh(m, (candidate, floor), clusters, margin=margin, rng=rng, confidence=confidence)
+        for m in METRICS
+    ]
 
 
 def _same_decode(reference: Reference, decode_scores: Sequence[Scores] | None) -> bool:
@@ -320,7 +338,8 @@ def _more_requests(excess: Estimate, limit: float) -> int | None:
     return max(more, 1) if more <= MAX_MORE_REQUESTS else None
 
 
-def _combine(metrics: Sequence[MetricVerdict], num_clusters: int, confidence: float) -> tuple[Verdict, str]:
+def combine(metrics: Sequence[MetricVerdict], num_clusters: int, confidence: float) -> tuple[Verdict, str]:
+    """The verdict of all metrics together, and its reason in words."""
     failed = [m for m in metrics if m.verdict is Verdict.FAIL]
     if failed and num_clusters >= MIN_CLUSTERS:
         harm = max(failed, key=lambda m: m.excess.low / m.margin)
