@@ -26,6 +26,7 @@ from kvtune.quality.bootstrap import CONFIDENCE
 from kvtune.quality.levels import Look, is_decided, looks_of
 from kvtune.quality.margins import Margin
 from kvtune.quality.probes import (
+    SHORTEST,
     ProbeOutcome,
     ProbeReference,
     ProbeSource,
@@ -39,6 +40,9 @@ from kvtune.quality.verdict import QualityVerdict, Verdict, judge
 from kvtune.target import RunningTarget, Scores
 
 __all__ = ["Gate", "GateCost", "GateQuestions", "ask_baseline", "judge_candidate"]
+
+MIN_PROBES = 24
+"""Contexts asked however short the time is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +98,8 @@ def ask_baseline(
     probes = None
     if questions.probes is not None:
         count = questions.num_probes or num_probes_for(margin.probes, 1 - error)
+        if questions.probe_tokens is not None:  # fewer than the margin needs leave it undecided, and say so
+            count = min(count, max(MIN_PROBES, questions.probe_tokens // SHORTEST))
         rng = random.Random(questions.seed)  # noqa: S311 (a reproducible draw, not a secret)
         mean = float("inf") if questions.probe_tokens is None else questions.probe_tokens / count
         probes = record_probes(
@@ -121,14 +127,15 @@ class _Candidate:
         self._running, self._gate, self._rng = running, gate, rng
         self._is_lossy, self._error = is_lossy, error
         self._scores: list[Scores] = []
+        self._decoded_scores: tuple[Scores, ...] | None = None
         self._decoded = self._probed = 0
 
     def judge(self) -> tuple[QualityVerdict, GateCost]:
         verdict, look = self._replay_in_looks()
+        if verdict.is_lossless and self._gate.reference.decode_items:
+            verdict = self._weigh(look, decoded=self._decode())  # bits that prefill shares decode may not
         if verdict.verdict is Verdict.PASS and not verdict.is_lossless:
             verdict = self._ask_further(look)
-        elif verdict.is_lossless and self._gate.reference.decode_items:
-            verdict = self._weigh(look, decoded=self._decode())
         head = self._gate.reference.items[: len(self._scores)]
         cost = GateCost(
             replayed=sum(len(i.prompt_token_ids) + len(i.continuation) for i in head),
@@ -167,12 +174,15 @@ class _Candidate:
         return self._weigh(look, decoded=decoded, probes=probes, answers=answers)
 
     def _decode(self) -> tuple[Scores, ...]:
+        if self._decoded_scores is not None:
+            return self._decoded_scores
         reference = self._gate.reference
         items = [reference.items[i] for i in reference.decode_items]
         self._decoded = sum(len(i.prompt_token_ids) + len(i.continuation) for i in items)
-        return replay_decode(
+        self._decoded_scores = replay_decode(
             self._running, reference.items, reference.decode_items, num_top=reference.num_top
         )
+        return self._decoded_scores
 
     def _ask_probes(self) -> ProbeOutcome | None:
         probes = self._gate.probes

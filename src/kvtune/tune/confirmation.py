@@ -45,14 +45,16 @@ PROBE_SHARE = 0.25
 """Of the time left, what the probes of baseline and two candidates may take, where probes are asked."""
 
 
-def reserve_s(pace: Pace, baseline: Baseline) -> float:
-    """Seconds the confirmation of one candidate needs, from what its parts cost in the search."""
+def reserve_s(pace: Pace, baseline: Baseline, *, has_probes: bool = False) -> float:
+    """Seconds the confirmation of one candidate needs, from what its parts cost in the search; with probes,
+    which cost nothing yet, so much more that their share can be taken from it."""
     count = baseline.num_quality
     reference = (
         pace.cost_s("start"), pace.cost_s("reference", count), pace.cost_s("decode", baseline.decode_tokens),
         pace.cost_s("long load"),
     )  # fmt: skip
-    return SAFETY * sum(reference) + candidate_s(pace, baseline)
+    needed = SAFETY * sum(reference) + candidate_s(pace, baseline)
+    return needed / (1 - PROBE_SHARE) if has_probes else needed
 
 
 def candidate_s(pace: Pace, baseline: Baseline) -> float:

@@ -179,7 +179,7 @@ class _Run:
         settings = self._settings
         if not self._trials:
             return ""
-        needed = reserve_s(self._pace, self._evaluator.baseline) + self._pace.cost_s("trial")
+        needed = self._reserve_s() + self._pace.cost_s("trial")
         if self._pace.left_s <= needed:
             return "the time left is needed for the confirmation"
         if len(self._trials) >= settings.max_trials:
@@ -191,6 +191,10 @@ class _Run:
         if idle >= settings.patience and is_ladder_done:
             return f"{settings.patience} trials in a row were no better"
         return ""
+
+    def _reserve_s(self) -> float:
+        has_probes = self._settings.questions.probes is not None
+        return reserve_s(self._pace, self._evaluator.baseline, has_probes=has_probes)
 
     def _propose(self, study: Study) -> tuple[int, dict[str, Any]] | None:
         for _ in range(PROPOSALS + len(self._ladder)):
@@ -253,7 +257,7 @@ class _Run:
             cost = self._pace.cost_s("start") + self._pace.cost_s(
                 "replay", len(self._evaluator.baseline.reference.items)
             )
-            if self._pace.left_s < reserve_s(self._pace, self._evaluator.baseline) + cost:
+            if self._pace.left_s < self._reserve_s() + cost:
                 return
             if known is None:
                 self._say("frontier", f"replaying the next smaller step: {_brief(config)}")
