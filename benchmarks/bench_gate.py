@@ -217,7 +217,7 @@ def _damage_case(
     sequential: list[Verdict] = []
     replayed = 0
     for _ in range(setup.args.damage_studies):
-        rows, clusters = population.draw(rng, setup.args.sample)
+        rows, clusters = population.spread(rng, setup.args.sample)
         sides = [candidate[i] for i in rows], [floor[i] for i in rows]
         fixed.append(_verdict(sides, clusters, Look(len(rows), 0.95, True), rng))
         for look in looks_of(len(rows)):

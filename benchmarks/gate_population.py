@@ -151,12 +151,21 @@ class Population:
             self._reference = np.load(file, mmap_mode="r")
         return self._reference
 
-    def draw(self, rng: np.random.Generator, count: int) -> tuple[list[int], list[str]]:
-        """Sessions drawn with replacement until they hold `count` requests: rows, and a cluster per row."""
+    def spread(self, rng: np.random.Generator, count: int) -> tuple[list[int], list[str]]:
+        """One request of each of `count` sessions drawn with replacement: as tune chooses from many."""
+        members = self._sessions()
+        drawn = [members[i] for i in rng.integers(len(members), size=count)]
+        return [rows[int(rng.integers(len(rows)))] for rows in drawn], [str(i) for i in range(count)]
+
+    def _sessions(self) -> list[list[int]]:
         sessions: dict[str, list[int]] = {}
         for row, cluster in enumerate(self.clusters):
             sessions.setdefault(cluster, []).append(row)
-        members = list(sessions.values())
+        return list(sessions.values())
+
+    def draw(self, rng: np.random.Generator, count: int) -> tuple[list[int], list[str]]:
+        """Sessions drawn with replacement until they hold `count` requests: rows, and a cluster per row."""
+        members = self._sessions()
         rows: list[int] = []
         clusters: list[str] = []
         while len(rows) < count:
