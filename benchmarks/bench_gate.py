@@ -10,7 +10,7 @@
 - probes: questions with known answers under the same damage.
 - cost: tokens and seconds per candidate against one forward pass over the sample.
 
-What an engine computed for a population is kept in --work and not computed again.
+What an engine computed for a population is kept in --work, by weights and settings, and not computed again.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import os
 import platform
 import random
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -60,6 +61,7 @@ from kvtune.testing.reference import reference_model_path
 from kvtune.tune import choose_for_quality
 from kvtune.tune.outcome import gains
 
+WORK = Path(tempfile.gettempdir()) / "kvtune-bench-gate"
 SECTIONS = ("speed", "coverage", "damage", "probes", "cost")
 MULTIPLES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 MARGIN = MARGINS["near-lossless"]
@@ -374,7 +376,7 @@ def main() -> int:
     )
     parser.add_argument("model", nargs="?", type=Path, help="model folder; default the reference model")
     parser.add_argument("--only", action="append", choices=SECTIONS, help="this section; may be repeated")
-    parser.add_argument("--work", type=Path, default=Path("gate-work"), help="folder of what was computed")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder of what was computed")
     parser.add_argument("--population", type=int, default=2048, help="requests")
     parser.add_argument("--max-chars", type=int, default=2000, help="longest generated prompt")
     parser.add_argument("--tokens", type=int, default=32, help="tokens of an answer")
@@ -393,7 +395,6 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.model = args.model or reference_model_path()
-    args.work.mkdir(parents=True, exist_ok=True)
     result = run(args)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -17,6 +18,7 @@ from kvtune.adapters.prompt_encoder import prompt_encoder
 from kvtune.config import EngineConfig
 from kvtune.engine.target import EngineTarget, RunningEngine
 from kvtune.errors import UsageError
+from kvtune.model_folder import files_sha256, weight_files
 from kvtune.quality.divergence import TokenDivergence, divergence
 from kvtune.target import LoadRequest, ScoreItem, Scores
 from kvtune.testing.damage import DamagedTarget, Noise
@@ -50,9 +52,19 @@ def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
+def _fingerprint(args: argparse.Namespace) -> str:
+    """What was computed holds for these weights and these requests only."""
+    weights = files_sha256(weight_files(args.model))
+    asked = [weights, args.population, args.max_chars, args.tokens, args.seed, args.calibration]
+    asked += [args.load_requests, args.load_tokens, args.rounds]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
+
+
 def set_up(args: argparse.Namespace) -> Setup:
     config = EngineConfig(dtype="auto", num_threads=args.threads)
     target = EngineTarget(args.model, config=config)
+    args.work /= _fingerprint(args)
+    args.work.mkdir(parents=True, exist_ok=True)
     workload = demo_chat(args.population + args.population // 8, seed=args.seed, max_chars=args.max_chars)
     tokens = materialise(
         workload, vocab_size=target.loaded.vocab_size, max_model_len=target.loaded.max_model_len,
