@@ -388,7 +388,7 @@ def main() -> int:
     parser.add_argument("--studies", type=int, default=40, help="speed studies of each kind")
     parser.add_argument("--load-requests", type=int, default=16)
     parser.add_argument("--load-tokens", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=4, help="pairs of load runs per speed study")
+    parser.add_argument("--rounds", type=int, default=8, help="pairs of load runs per speed study")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the result here")
