@@ -2,7 +2,7 @@
 
     python tools/train_reference.py --out build/reference          # resumes what it finds in --out
     python tools/train_reference.py --out build/reference --export src/kvtune/testing/reference/model
-    python tools/train_reference.py --out build/reference --measure    # every task with Wilson bounds
+    python tools/train_reference.py --measure src/kvtune/testing/reference/model   # every task, with bounds
 
 A small Llama learns the standard library's text and to use its context: repeated random tokens and the
 tasks of `kvtune.quality.tasks` at lengths 128 -> 512 -> 2048 -> 4096. Matrices are trained with Muon, the
@@ -425,14 +425,17 @@ class HeldOut:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.data = Data(tokenizer, load_corpus(held_out=True), seed=10_007)
-        stream = self.data.streams["prose"]
+        self.text = {kind: self._windows(stream) for kind, stream in self.data.streams.items()}
+
+    def _windows(self, stream: np.ndarray) -> torch.Tensor:
+        """Pieces of 512 tokens spread evenly over a stream [16, 512]."""
         starts = [int(x) for x in np.linspace(0, len(stream) - 513, 16)]
-        self.text = torch.tensor(np.stack([stream[s : s + 512] for s in starts]))
+        return torch.tensor(np.stack([stream[s : s + 512] for s in starts]))
 
     @torch.no_grad()
     def measure(self, model: LlamaForCausalLM) -> dict[str, float]:
-        """Held-out loss (nats per token, prose) and the share of right answers of a few samples."""
-        result = {"heldout_loss": round(self.loss(model), 4)}
+        """Held-out losses (nats per token) and the share of right answers of a few samples."""
+        result = {f"heldout_{kind}_loss": round(self.loss(model, kind), 4) for kind in self.text}
         for length, samples in ((512, 12), (1024, 12), (2000, 6), (4000, 3)):
             result[f"recall_{length}"] = round(self.accuracy(model, "recall", length, samples, 6)[0], 3)
         for name in tasks.TASKS:
@@ -442,9 +445,9 @@ class HeldOut:
         return result
 
     @torch.no_grad()
-    def loss(self, model: LlamaForCausalLM) -> float:
-        """Nats per token on held-out prose."""
-        text = self.text.to(model.device)
+    def loss(self, model: LlamaForCausalLM, kind: str) -> float:
+        """Nats per token on held-out `prose` (docstrings) or `source` (whole files)."""
+        text = self.text[kind].to(model.device)
         logits = model(input_ids=text, use_cache=False).logits[:, :-1].float()
         targets = text[:, 1:].reshape(-1)
         return float(torch.nn.functional.cross_entropy(logits.reshape(-1, VOCAB_SIZE), targets))
@@ -498,31 +501,29 @@ def ngram_losses(train_ids: np.ndarray, test_ids: np.ndarray) -> dict[str, float
     return {"unigram": float(-np.log(table[:, 0]).mean()), "trigram": best}
 
 
-def load_exported(args: argparse.Namespace) -> tuple[Trainer, LlamaForCausalLM]:
-    """The trainer of --out and its averaged model, rounded to bf16 as it ships."""
+def export(args: argparse.Namespace) -> None:
+    """Write the averaged weights as bf16 safetensors with tokenizer, template and training log."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(args.out)
     trainer = Trainer(args, tokenizer)
     trainer.restore(args.out / "checkpoint.pt")
-    return trainer, averaged(trainer).to(torch.bfloat16)
-
-
-def export(args: argparse.Namespace) -> None:
-    """Write the averaged weights as bf16 safetensors with tokenizer, template and training log."""
-    trainer, model = load_exported(args)
     args.export.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(args.export)
-    PreTrainedTokenizerFast.from_pretrained(args.out).save_pretrained(args.export)
+    averaged(trainer).to(torch.bfloat16).save_pretrained(args.export)
+    tokenizer.save_pretrained(args.export)
     (args.export / "training_log.json").write_text(json.dumps(trainer.log, indent=1) + "\n")
     print(f"exported step {trainer.step} to {args.export}")
 
 
 def measure(args: argparse.Namespace) -> None:
-    """Print held-out loss beside n-gram models and every task with Wilson bounds, in bf16 as shipped."""
-    trainer, model = load_exported(args)
-    held_out = HeldOut(PreTrainedTokenizerFast.from_pretrained(args.out))
-    report: dict[str, object] = {"step": trainer.step, "tokens": trainer.tokens}
-    report["heldout_loss"] = held_out.loss(model)
-    report["ngram"] = ngram_losses(trainer.data.streams["prose"], held_out.text.reshape(-1).numpy())
+    """Print an exported model's held-out losses beside n-gram models and every task with Wilson bounds."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.measure)
+    model = LlamaForCausalLM.from_pretrained(args.measure, dtype=torch.bfloat16).to(args.device).eval()
+    held_out = HeldOut(tokenizer)
+    seen = Data(tokenizer, load_corpus(held_out=False), args.seed).streams
+    report: dict[str, object] = {}
+    for kind, text in held_out.text.items():
+        rivals = ngram_losses(seen[kind], text.reshape(-1).numpy())
+        report[f"loss {kind}"] = {"model": held_out.loss(model, kind)} | rivals
+        print(f"loss {kind}: {report[f'loss {kind}']}", flush=True)
     items = [("recall", length) for length in (512, 1024, 2048, 4096)]
     items += [(name, 1024) for name in tasks.TASKS if name != "recall"]
     for name, length in items:
@@ -541,7 +542,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="checkpoints and tokenizer")
+    parser.add_argument("--out", type=Path, default=Path("build/reference"), help="checkpoints and tokenizer")
     parser.add_argument(
         "--minutes", type=float, default=0.0, help="budget of training time (0: --tokens decides)"
     )
@@ -553,7 +554,7 @@ def main() -> None:
     parser.add_argument("--save-every", type=float, default=300.0, help="seconds between checkpoints")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--export", type=Path, default=None)
-    parser.add_argument("--measure", action="store_true")
+    parser.add_argument("--measure", type=Path, default=None, help="an exported model's folder")
     parser.add_argument("--samples", type=int, default=256, help="contexts per measured item")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

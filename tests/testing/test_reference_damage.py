@@ -157,7 +157,7 @@ def test_an_answer_counted_as_right_is_what_generation_writes(loaded, dialogues)
 def requests(encoder, source) -> list[TokenRequest]:
     """Questions of every task."""
     rng = random.Random(11)
-    names = [list(TASKS)[index % len(TASKS)] for index in range(48)]
+    names = [list(TASKS)[index % len(TASKS)] for index in range(240)]
     asked = [encoder.dialogue(draw(name, rng, source, num_tokens=NUM_TOKENS)) for name in names]
     return [
         TokenRequest(

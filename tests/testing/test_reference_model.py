@@ -1,4 +1,4 @@
-"""The bundled stand-in model is what its README says, and loads with plain Transformers."""
+"""The bundled reference model is what its README says, and loads with plain Transformers."""
 
 from __future__ import annotations
 
@@ -50,7 +50,10 @@ def test_the_chat_template_marks_every_turn() -> None:
     assert text == "<|bos|><|system|>S<|end|><|user|>U<|end|><|assistant|>"
 
 
-def test_the_shipped_log_ends_with_the_shipped_weights() -> None:
+def test_the_shipped_log_tells_a_run_that_learnt_to_use_its_context() -> None:
     log = json.loads((reference_model_path() / "training_log.json").read_text())
-    assert log[-1]["recall_1900"] > 0.85
-    assert log[-1]["heldout_loss"] < 4.10  # the interpolated trigram's loss
+    minutes = [entry["minutes"] for entry in log]
+    assert minutes == sorted(minutes)
+    assert log[0]["recall_1024"] < 0.5 < log[-1]["recall_2000"]
+    assert log[-1]["recall_1024"] > 0.9
+    assert log[-1]["rule"] > 0.9
