@@ -8,6 +8,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from kvtune.cli.options import HighValue, Judge
 from kvtune.config import MAX_SEED, EngineConfig
 from kvtune.errors import InputFileError, UsageError
 
@@ -21,16 +22,8 @@ def check(
         Path | None, typer.Option("--vllm-python", help="Python that has vLLM, for a recipe of vLLM.")
     ] = None,
     num_requests: Annotated[int, typer.Option(min=8, help="Requests to replay.")] = 64,
-    high_value: Annotated[
-        Path | None,
-        typer.Option("--high-value", help="Requests that must not change: each is judged alone."),
-    ] = None,
-    judge: Annotated[
-        str | None,
-        typer.Option(
-            "--judge", help="module:function(request, answer) -> bool or 0..1, run over both sides' answers."
-        ),
-    ] = None,
+    high_value: HighValue = None,
+    judge: Judge = None,
     trace_block_size: Annotated[
         int | None, typer.Option(help="Prompt tokens per hash id of a trace.")
     ] = None,

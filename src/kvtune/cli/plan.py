@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from kvtune.cli.options import Html
+
 
 def plan(
     model: Annotated[str, typer.Argument(help="A config.json, its folder, or a bundled model id.")],
@@ -67,9 +69,7 @@ def plan(
         str | None,
         typer.Option(help="Changes to try on the trace: cap=8192,truncate=4096,route=16384,codec=int8."),
     ] = None,
-    html: Annotated[
-        Path | None, typer.Option("--html", help="Write a self-contained page with the pictures here.")
-    ] = None,
+    html: Html = None,
     explain: Annotated[bool, typer.Option("--explain", help="Show the formulas with the numbers.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:

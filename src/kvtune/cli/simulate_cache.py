@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvtune.cli.options import Html, TraceBlockSize, TraceFormat
+
 if TYPE_CHECKING:
     from kvtune.cache.replay import Replayer
     from kvtune.cache.replay_study import CapacityRow
@@ -57,16 +59,9 @@ def cache(
     tenants: Annotated[
         bool, typer.Option("--tenants", help="Show every tenant, not the largest twenty.")
     ] = False,
-    format_: Annotated[
-        str, typer.Option("--format", help="auto, or the format's name; an unknown name lists them.")
-    ] = "auto",
-    trace_block_size: Annotated[
-        int | None,
-        typer.Option(help="Prompt tokens per hash id, for traces whose rows do not determine it."),
-    ] = None,
-    html: Annotated[
-        Path | None, typer.Option("--html", help="Write a self-contained page with the pictures here.")
-    ] = None,
+    format_: TraceFormat = "auto",
+    trace_block_size: TraceBlockSize = None,
+    html: Html = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Replay a trace against prefix caches of given sizes and eviction policies."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvtune.cli.options import Html, TraceBlockSize, TraceFormat
 from kvtune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -69,19 +70,12 @@ def serve(
     block_size: Annotated[
         int | None, typer.Option(help="Tokens per block; default the trace's own, 16 for text.")
     ] = None,
-    format_: Annotated[
-        str, typer.Option("--format", help="auto, or the format's name; an unknown name lists them.")
-    ] = "auto",
-    trace_block_size: Annotated[
-        int | None,
-        typer.Option(help="Prompt tokens per hash id, for traces whose rows do not determine it."),
-    ] = None,
+    format_: TraceFormat = "auto",
+    trace_block_size: TraceBlockSize = None,
     save: Annotated[
         Path | None, typer.Option("--save", help="Also write the result, with every request.")
     ] = None,
-    html: Annotated[
-        Path | None, typer.Option("--html", help="Write a self-contained page with the pictures here.")
-    ] = None,
+    html: Html = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Simulate serving a trace: latencies, goodput, hits, preemptions, utilisation, overload."""

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from kvtune.cli.options import TraceBlockSize, TraceFormat
+
 if TYPE_CHECKING:
     from kvtune.workload import Workload
 
@@ -35,12 +37,6 @@ trace = typer.Typer(
 )
 
 _File = Annotated[Path, typer.Argument(help="Request file or trace: JSON, JSONL or CSV, plain or gzip.")]
-_Format = Annotated[
-    str, typer.Option("--format", help="auto, or the format's name; an unknown name lists them.")
-]
-_TraceBlockSize = Annotated[
-    int | None, typer.Option(help="Prompt tokens per hash id, for traces whose rows do not determine it.")
-]
 _BlockSize = Annotated[
     int | None, typer.Option(help="Tokens per block to cut prompts at; default the trace's own, else 16.")
 ]
@@ -51,8 +47,8 @@ _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on st
 @trace.command("stats")
 def stats(
     file: _File,
-    format_: _Format = "auto",
-    trace_block_size: _TraceBlockSize = None,
+    format_: TraceFormat = "auto",
+    trace_block_size: TraceBlockSize = None,
     block_size: _BlockSize = None,
     limit: _Limit = None,
     anonymise_to: Annotated[
@@ -79,8 +75,8 @@ def stats(
 @trace.command("lint")
 def lint(
     file: _File,
-    format_: _Format = "auto",
-    trace_block_size: _TraceBlockSize = None,
+    format_: TraceFormat = "auto",
+    trace_block_size: TraceBlockSize = None,
     limit: _Limit = None,
     max_loss: Annotated[
         str, typer.Option(help="Share of prompt tokens one cause may lose before it is an error.")
@@ -114,8 +110,8 @@ def forecast(
     history: Annotated[
         float, typer.Option(help="Share of the requests to forecast from; 1 for what comes after the file.")
     ] = 0.5,
-    format_: _Format = "auto",
-    trace_block_size: _TraceBlockSize = None,
+    format_: TraceFormat = "auto",
+    trace_block_size: TraceBlockSize = None,
     block_size: _BlockSize = None,
     limit: _Limit = None,
     as_json: _Json = False,
@@ -154,8 +150,8 @@ def anonymise(
             help="File of 16 or more secret bytes, to hash alike again; default a new, unkept salt."
         ),
     ] = None,
-    format_: _Format = "auto",
-    trace_block_size: _TraceBlockSize = None,
+    format_: TraceFormat = "auto",
+    trace_block_size: TraceBlockSize = None,
     block_size: Annotated[
         int | None, typer.Option(help="Tokens per block for text and token ids; default 16.")
     ] = None,

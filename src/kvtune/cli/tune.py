@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvtune.cli.options import HighValue, Judge
 from kvtune.config import MAX_SEED, EngineConfig, format_bytes, parse_bytes, parse_duration
 from kvtune.errors import UsageError
 
@@ -56,16 +57,8 @@ def tune(
     margin: Annotated[
         str, typer.Option(help="What counts as harm: near-lossless | balanced | aggressive.")
     ] = "near-lossless",
-    high_value: Annotated[
-        Path | None,
-        typer.Option("--high-value", help="Requests that must not change: each is judged alone."),
-    ] = None,
-    judge: Annotated[
-        str | None,
-        typer.Option(
-            "--judge", help="module:function(request, answer) -> bool or 0..1, run over both sides' answers."
-        ),
-    ] = None,
+    high_value: HighValue = None,
+    judge: Judge = None,
     trace_block_size: Annotated[
         int | None, typer.Option(help="Prompt tokens per hash id of a trace.")
     ] = None,
