@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -97,6 +97,24 @@ class Scores:
     is_full: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryMoment:
+    """KV memory at one moment, in bytes. `allocated`: the pools' storage; `used`: blocks that live requests
+    hold; predicted from sizes and lengths alone, and read from the engine. None where nobody says.
+
+    `num_requests`, `num_tokens`: being held then. `process_bytes`: resident memory of the whole process.
+    """
+
+    name: str
+    num_requests: int = 0
+    num_tokens: int = 0
+    predicted_allocated_bytes: int = 0
+    allocated_bytes: int | None = 0
+    predicted_used_bytes: int = 0
+    used_bytes: int | None = 0
+    process_bytes: int | None = None
+
+
 class RunningTarget(Protocol):
     """One started engine under one configuration. Use as a context manager; `close` is idempotent.
 
@@ -157,4 +175,16 @@ class Target(Protocol):
     def start(self, config: Config, *, kv_budget_bytes: int | None = None) -> RunningTarget:
         """Raises UsageError when the configuration cannot fit (infeasible), EngineUnavailableError or
         TargetError when the engine does not come up."""
+        ...
+
+
+@runtime_checkable
+class MeasuresMemory(Protocol):
+    """What a target may offer beyond `Target`: looking into its KV memory."""
+
+    def memory_moments(
+        self, config: Config, requests: Sequence[LoadRequest], *, kv_budget_bytes: int | None = None
+    ) -> Sequence[MemoryMoment]:
+        """Start `config`, serve `requests` together without sharing, and tell the memory before load, after
+        load, after prefill, in decode and after the run. Raises as `start` and `load`."""
         ...

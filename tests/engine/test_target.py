@@ -241,3 +241,20 @@ def test_another_kernel_path_or_version_than_the_proven_one_is_a_warning(target,
     _recipe(target, tmp_path / "recipe.json", **change)
     with pytest.warns(UserWarning, match=message), Engine.from_recipe(tmp_path / "recipe.json") as engine:
         assert len(engine.generate([[5, 6]], SamplingParams(max_tokens=2))[0].token_ids) == 2
+
+
+def test_memory_is_foreseen_to_the_byte_at_every_moment_from_lengths_alone(target) -> None:
+    shared = _requests()[0].prompt_token_ids
+    requests = [replace(r, prompt_token_ids=[*shared, *r.prompt_token_ids]) for r in _requests()]
+    moments = target.memory_moments(CONFIG, requests)
+    names = [m.name for m in moments]
+    assert names == ["before load", "after load", "after prefill", "in decode", "after the run"]
+    before, loaded, prefilled, decoding, after = moments
+    assert before.allocated_bytes == 0 < loaded.allocated_bytes
+    assert all(m.allocated_bytes == m.predicted_allocated_bytes for m in moments)
+    assert all(m.used_bytes == m.predicted_used_bytes for m in moments)
+    assert loaded.used_bytes == 0 == after.used_bytes
+    assert 0 < prefilled.used_bytes < decoding.used_bytes
+    assert prefilled.num_requests == len(requests)
+    assert decoding.num_tokens > prefilled.num_tokens >= sum(len(r.prompt_token_ids) for r in requests)
+    assert all((m.process_bytes or 1) > 0 for m in moments)

@@ -20,11 +20,12 @@ from kvtune.config import CacheConfig, EngineConfig, SchedulerConfig
 from kvtune.engine.engine import Engine
 from kvtune.engine.identity import kv_bytes_per_token
 from kvtune.engine.load import LoadedModel, load_model, read_spec
+from kvtune.engine.moments import memory_moments
 from kvtune.errors import KVTuneError, TargetError, UsageError
 from kvtune.host import read_host
 from kvtune.recipe import configuration_of
 from kvtune.spec import codec_storage
-from kvtune.target import Config, Knob, LoadReport, LoadRequest, LoadResult, ScoreItem, Scores
+from kvtune.target import Config, Knob, LoadReport, LoadRequest, LoadResult, MemoryMoment, ScoreItem, Scores
 from kvtune.types import FinishReason, RequestOutput, SamplingParams
 
 __all__ = ["EngineTarget", "RunningEngine"]
@@ -128,6 +129,13 @@ class EngineTarget:
         cache, scheduler = self._settings(config, kv_budget_bytes)
         engine = Engine(self.loaded, cache=cache, scheduler=scheduler, config=self.config, clock=self._clock)
         return RunningEngine(engine, clock=self._clock, sleep=self._sleep)
+
+    def memory_moments(
+        self, config: Config, requests: Sequence[LoadRequest], *, kv_budget_bytes: int | None = None
+    ) -> Sequence[MemoryMoment]:
+        """KV memory of `config` while it serves `requests`; see `kvtune.engine.moments`."""
+        _ = self.loaded  # weights are there before the first look
+        return memory_moments(lambda: self.start(config, kv_budget_bytes=kv_budget_bytes).engine, requests)
 
     def _settings(self, config: Config, kv_budget_bytes: int | None) -> tuple[CacheConfig, SchedulerConfig]:
         sorted_knobs = configuration_of(config, kv_budget_bytes=kv_budget_bytes)
