@@ -58,7 +58,7 @@ def _step(engine: Engine, generated: dict[str, int]) -> None:
 def _tokens_in_use(
     engine: Engine, prompts: Mapping[str, int], generated: Mapping[str, int]
 ) -> dict[str, int]:
-    """Tokens whose K and V are stored, of requests that are decoding; the last one sampled is not computed."""
+    """Tokens whose K and V are stored, of requests that decode; the last one sampled is not computed."""
     return {
         name: prompts[name] + count - 1 for name, count in generated.items() if engine.is_unfinished(name)
     }
