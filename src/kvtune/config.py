@@ -20,6 +20,7 @@ __all__ = [
     "EngineConfig",
     "SchedulerConfig",
     "format_bytes",
+    "format_layer_codecs",
     "parse_bytes",
     "parse_duration",
 ]
@@ -66,6 +67,19 @@ def format_bytes(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
         size /= 1024
     return f"{size:.2f} TiB"
+
+
+def format_layer_codecs(table: Mapping[Any, Any]) -> str:
+    """`{"2": ["int8", "n4_rh"], "3": ["int8", "n4_rh"]}` -> 'layers 2-3 int8/n4_rh'; '' for an empty one."""
+    spans: list[tuple[int, int, str]] = []
+    for layer, (k, v) in sorted((int(layer), pair) for layer, pair in table.items()):
+        if spans and spans[-1][1] == layer - 1 and spans[-1][2] == f"{k}/{v}":
+            spans[-1] = (spans[-1][0], layer, f"{k}/{v}")
+        else:
+            spans.append((layer, layer, f"{k}/{v}"))
+    return ", ".join(
+        f"layer {low} {pair}" if low == high else f"layers {low}-{high} {pair}" for low, high, pair in spans
+    )
 
 
 def parse_duration(text: str | float) -> float:

@@ -8,6 +8,7 @@ effect, runs a workload, scores given continuations by prefill, and stops only w
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
@@ -17,7 +18,9 @@ import numpy.typing as npt
 
 Config = Mapping[str, Any]
 """One point of the search space: knob name -> value. Names: k_codec, v_codec (or kv_dtype where an
-engine has one knob for both), block_size, enable_prefix_caching, max_num_seqs, max_num_batched_tokens."""
+engine has one knob for both), block_size, enable_prefix_caching, max_num_seqs, max_num_batched_tokens.
+Where the engine allocates layers apart, `layer_codecs` may override k_codec and v_codec: layer index as text
+-> [k, v]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,4 +190,40 @@ class MeasuresMemory(Protocol):
     ) -> Sequence[MemoryMoment]:
         """Start `config`, serve `requests` together without sharing, and tell the memory before load, after
         load, after prefill, in decode and after the run. Raises as `start` and `load`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerCodecs:
+    """Codecs that each layer may have for itself. `layers`: model indices of those that store KV.
+
+    `stored` names a nested codec among them and `high` the codec whose bytes its high plane is: what a layer
+    loses at `high` can be measured by reading `stored` without its low plane. Empty where there is none.
+    """
+
+    layers: tuple[int, ...]
+    codecs: tuple[str, ...]
+    stored: str = ""
+    high: str = ""
+
+
+@runtime_checkable
+class AllocatesLayers(Protocol):
+    """A target whose configurations may hold `layer_codecs`."""
+
+    def layer_codecs(self) -> LayerCodecs: ...
+
+    def kv_side_bytes_per_token(self, config: Config, *, context: int) -> Mapping[int, tuple[float, float]]:
+        """Layer index -> allocator bytes per token of (keys, values), scales included; what is missing to
+        `kv_bytes_per_token` is padding."""
+        ...
+
+
+@runtime_checkable
+class ReadsPlanes(Protocol):
+    """A running target that can read nested codes from their high plane alone."""
+
+    def reading(self, planes: Mapping[int, tuple[int, int]]) -> AbstractContextManager[None]:
+        """Read these layers' (keys, values) from 1 or 2 planes while the context lasts. UsageError for a
+        side that is not nested."""
         ...

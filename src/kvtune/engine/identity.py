@@ -9,9 +9,9 @@ from kvtune.config import CacheConfig, SchedulerConfig
 from kvtune.engine.arenas import FIRST_BLOCK_CODEC
 from kvtune.engine.load import LoadedModel
 from kvtune.recipe import codec_constants_sha256
-from kvtune.spec import KVFormat, ModelSpec, Paging, allocator_bytes, codec_storage
+from kvtune.spec import KVFormat, ModelSpec, Paging, allocator_bytes, codec_storage, side_bytes
 
-__all__ = ["READ_CONTRACT", "cache_fingerprint", "kv_bytes_per_token"]
+__all__ = ["READ_CONTRACT", "cache_fingerprint", "kv_bytes_per_token", "kv_side_bytes_per_token"]
 
 READ_CONTRACT = "T0"
 """Every token is encoded when it is written, every read decodes: a hit equals a miss."""
@@ -43,6 +43,22 @@ def kv_bytes_per_token(
     spec: ModelSpec, cache: CacheConfig, scheduler: SchedulerConfig, *, context: int
 ) -> float:
     """Allocator bytes of one sequence of `context` tokens over `context`: blocks, scales, slack."""
+    return allocator_bytes(spec, context, *_sized(cache, scheduler)) / context
+
+
+def kv_side_bytes_per_token(
+    spec: ModelSpec, cache: CacheConfig, scheduler: SchedulerConfig, *, context: int
+) -> dict[int, tuple[float, float]]:
+    """The same by layer and side: (keys, values) with their scales; block padding is left out."""
+    kv, _, paging = _sized(cache, scheduler)
+    sides = side_bytes(
+        spec, context, kv, block_size=paging.block_size, chunk=paging.chunk,
+        first_block_codec=paging.first_block_codec,
+    )  # fmt: skip
+    return {layer: (k / context, v / context) for layer, (k, v) in sides.items()}
+
+
+def _sized(cache: CacheConfig, scheduler: SchedulerConfig) -> tuple[KVFormat, str, Paging]:
     overrides = {layer: (codec_storage(k), codec_storage(v)) for layer, (k, v) in cache.layer_codecs.items()}
     kv = KVFormat(k=codec_storage(cache.k_codec), v=codec_storage(cache.v_codec), overrides=overrides)
     paging = Paging(
@@ -50,4 +66,4 @@ def kv_bytes_per_token(
         chunk=scheduler.max_num_batched_tokens,
         first_block_codec=FIRST_BLOCK_CODEC if cache.first_block_16bit else None,
     )
-    return allocator_bytes(spec, context, kv, "kvtune", paging) / context
+    return kv, "kvtune", paging

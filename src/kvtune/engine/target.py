@@ -6,6 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,14 +19,25 @@ from kvtune.closing import Closing
 from kvtune.codecs import CODECS
 from kvtune.config import CacheConfig, EngineConfig, SchedulerConfig
 from kvtune.engine.engine import Engine
-from kvtune.engine.identity import kv_bytes_per_token
+from kvtune.engine.identity import kv_bytes_per_token, kv_side_bytes_per_token
 from kvtune.engine.load import LoadedModel, load_model, read_spec
 from kvtune.engine.moments import memory_moments
+from kvtune.engine.planes import reading_planes
 from kvtune.errors import KVTuneError, TargetError, UsageError
 from kvtune.host import read_host
 from kvtune.recipe import configuration_of
 from kvtune.spec import codec_storage
-from kvtune.target import Config, Knob, LoadReport, LoadRequest, LoadResult, MemoryMoment, ScoreItem, Scores
+from kvtune.target import (
+    Config,
+    Knob,
+    LayerCodecs,
+    LoadReport,
+    LoadRequest,
+    LoadResult,
+    MemoryMoment,
+    ScoreItem,
+    Scores,
+)
 from kvtune.types import FinishReason, RequestOutput, SamplingParams
 
 __all__ = ["EngineTarget", "RunningEngine"]
@@ -36,6 +48,8 @@ REFERENCE_CONTEXT = 2048
 """Context [tokens] at which `kv_bytes_per_token` is reported, or the model's length if shorter."""
 
 _BASELINE_CODEC = "bf16"
+_NESTED, _HIGH = "n8_rh", "n4_rh"
+"""The code of two planes, and what its high plane alone holds."""
 _GAUGES = ("requests_", "blocks_", "resident_bytes_")
 """Counters whose value at the end is reported; of all others, the growth during the load."""
 
@@ -78,8 +92,7 @@ class EngineTarget:
 
     def knobs(self) -> Sequence[Knob]:
         # n4_rh is left to layers that a recipe reads at 4 bits: on its own it is int4_rh by another name
-        smaller = tuple(name for name in CODECS if codec_storage(name).code_bits < 16 and name != "n4_rh")
-        codecs = (_BASELINE_CODEC, *sorted(smaller, key=lambda name: -codec_storage(name).code_bits))
+        codecs = tuple(name for name in _codecs() if name != _HIGH)
         base_cache, base_scheduler = CacheConfig(), self._scheduler
         return (
             Knob(name="k_codec", values=codecs, baseline=_BASELINE_CODEC, is_lossy=True),
@@ -92,6 +105,15 @@ class EngineTarget:
                  values=_with((128, 256, 512, 1024), base_scheduler.max_num_batched_tokens),
                  baseline=base_scheduler.max_num_batched_tokens),
         )  # fmt: skip
+
+    def layer_codecs(self) -> LayerCodecs:
+        """Implements `kvtune.target.AllocatesLayers`."""
+        layers = tuple(sorted(layer for group in self._spec.kv_groups() for layer in group.layers))
+        return LayerCodecs(layers=layers, codecs=_codecs(), stored=_NESTED, high=_HIGH)
+
+    def kv_side_bytes_per_token(self, config: Config, *, context: int) -> Mapping[int, tuple[float, float]]:
+        cache, scheduler = self._settings(config, None)
+        return kv_side_bytes_per_token(self._spec, cache, scheduler, context=context)
 
     def identity(self) -> Mapping[str, Any]:
         loaded = self.loaded
@@ -192,6 +214,10 @@ class RunningEngine(Closing):
     ) -> Sequence[Scores]:
         return self._guard(lambda: self.engine.score(items, num_top=num_top, chunk=chunk))
 
+    def reading(self, planes: Mapping[int, tuple[int, int]]) -> AbstractContextManager[None]:
+        """Implements `kvtune.target.ReadsPlanes`."""
+        return reading_planes(self.engine, planes)
+
     def _guard(self, call: Callable[[], T]) -> T:
         """Our own errors pass; what torch raises (out of memory, a bad kernel) becomes a TargetError."""
         try:
@@ -281,6 +307,12 @@ class _LoadRun:
 
     def results(self) -> list[LoadResult]:
         return [self._results[index] for index in range(len(self._requests))]
+
+
+def _codecs() -> tuple[str, ...]:
+    """The baseline's codec and all smaller ones, those of more bits first."""
+    smaller = (name for name in CODECS if codec_storage(name).code_bits < 16)
+    return (_BASELINE_CODEC, *sorted(smaller, key=lambda name: -codec_storage(name).code_bits))
 
 
 def _greedy(request: LoadRequest) -> SamplingParams:

@@ -145,8 +145,7 @@ def _resident_bytes_by_codec(plan: ArenaPlan, arenas: Arenas, usage: Sequence[Gr
         counts = (used.body.total - used.body.free, used.first.total - used.first.free)
         for layer in group.layers:
             for (_, layout, _), count in zip(arenas[layer].parts(), counts, strict=False):
-                k = layout.k_codes_bytes + layout.k_strip_bytes + layout.k_low_bytes
-                v = layout.v_codes_bytes + layout.v_strip_bytes + layout.v_low_bytes
+                k, v = layout.side_bytes
                 total[f"k:{layout.k_codec}"] += count * k
                 total[f"v:{layout.v_codec}"] += count * v
                 total["padding"] += count * (layout.block_bytes - k - v)
@@ -154,10 +153,14 @@ def _resident_bytes_by_codec(plan: ArenaPlan, arenas: Arenas, usage: Sequence[Gr
 
 
 def cache_settings(plan: ArenaPlan, arenas: Arenas, manager: KVCacheManager) -> dict[str, Any]:
-    """Settings as arenas and manager have them; a codec is "mixed" where layers differ."""
+    """Settings as arenas and manager have them; where layers differ, a codec is "mixed" and `layer_codecs`
+    tells each layer's."""
     layouts = [cache.layout for cache in arenas.values()]
     heads = [arenas[group.layers[0]] for group in plan.groups]  # layers of a group have equally many blocks
+    by_layer = {str(layer): [c.layout.k_codec, c.layout.v_codec] for layer, c in sorted(arenas.items())}
+    is_mixed = len({tuple(pair) for pair in by_layer.values()}) > 1
     return {
+        **({"layer_codecs": by_layer} if is_mixed else {}),
         "k_codec": _one_or_mixed({layout.k_codec for layout in layouts}),
         "v_codec": _one_or_mixed({layout.v_codec for layout in layouts}),
         "num_blocks": sum(cache.num_blocks + cache.num_first_blocks for cache in heads),

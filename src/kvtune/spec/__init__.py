@@ -40,6 +40,7 @@ from kvtune.spec.sizing import (
     layer_token_bytes,
     logical_bytes,
     split_budget,
+    side_bytes,
 )
 
 __all__ = [
@@ -77,5 +78,6 @@ __all__ = [
     "plan_arenas",
     "split_budget",
     "text_config",
+    "side_bytes",
     "valid_tensor_parallel",
 ]

@@ -182,6 +182,14 @@ class PackedLayout:
         return self._low_bytes(self.v_codec, self.v_head_dim)
 
     @property
+    def side_bytes(self) -> tuple[int, int]:
+        """Bytes of (keys, values) in one block: codes, all planes and scales, without padding."""
+        return (
+            self.k_codes_bytes + self.k_strip_bytes + self.k_low_bytes,
+            self.v_codes_bytes + self.v_strip_bytes + self.v_low_bytes,
+        )
+
+    @property
     def block_bytes(self) -> int:
         """Bytes one block takes with all its planes, scales and padding included."""
         return self.arena_bytes + self.k_low_bytes + self.v_low_bytes

@@ -25,6 +25,7 @@ __all__ = [
     "layer_state_bytes",
     "layer_token_bytes",
     "logical_bytes",
+    "side_bytes",
     "split_budget",
 ]
 
@@ -109,6 +110,10 @@ def _aligned(size: int) -> int:
 def _layer_block_bytes(group: KVGroup, codecs: tuple[str, str], block_size: int) -> int:
     if group.kind is LayerKind.MLA:  # no packed layout yet: plan only
         return _aligned(block_size * codec_storage(codecs[0]).head_bytes(group.k_head_dim))
+    return _layout(group, codecs, block_size).block_bytes
+
+
+def _layout(group: KVGroup, codecs: tuple[str, str], block_size: int) -> PackedLayout:
     return PackedLayout(
         block_size=block_size,
         num_kv_heads=group.num_kv_heads,
@@ -116,7 +121,7 @@ def _layer_block_bytes(group: KVGroup, codecs: tuple[str, str], block_size: int)
         v_head_dim=group.v_head_dim,
         k_codec=codecs[0],
         v_codec=codecs[1],
-    ).block_bytes
+    )
 
 
 def group_block_bytes(group: KVGroup, codecs_of: CodecsOf, block_size: int) -> int:
@@ -143,6 +148,30 @@ def blocks_per_sequence(group: KVGroup, num_tokens: int, *, chunk: int, block_si
     if group.window is None:
         return whole
     return min(whole, -(-min(group.window - 1 + chunk, num_tokens) // block_size) + 1)
+
+
+def side_bytes(
+    spec: ModelSpec, num_tokens: int, kv: KVFormat, *, block_size: int, chunk: int,
+    first_block_codec: str | None = None,
+) -> dict[int, tuple[int, int]]:  # fmt: skip
+    """Model layer index -> bytes of (keys, values) in the blocks a sequence of `num_tokens` holds at most.
+
+    Codes, all planes and scales; the padding of a block belongs to neither side. `first_block_codec`: block 0
+    lies in this codec. UsageError for shapes the packed layout cannot hold, MLA among them.
+    """
+    out: dict[int, tuple[int, int]] = {}
+    for group in spec.kv_groups():
+        if group.kind is LayerKind.MLA:
+            raise UsageError("an MLA latent is keys and values in one: it has no sides to tell apart")
+        count = blocks_per_sequence(group, num_tokens, chunk=chunk, block_size=block_size)
+        first = (0, 0)
+        if first_block_codec is not None:
+            count -= 1
+            first = _layout(group, (first_block_codec, first_block_codec), block_size).side_bytes
+        for layer in group.layers:
+            k, v = _layout(group, kv.names(layer), block_size).side_bytes
+            out[layer] = (count * k + first[0], count * v + first[1])
+    return out
 
 
 def split_budget(
