@@ -5,12 +5,14 @@ from kvtune.workload.anonymise import anonymise
 from kvtune.workload.blocks import BlockTrace, block_trace
 from kvtune.workload.builtin import BUILTIN_CASES, builtin_cases, demo_chat, malformed_files
 from kvtune.workload.chat import generate_chat
+from kvtune.workload.drift import Shift, workload_drift
 from kvtune.workload.formats import FORMATS
 from kvtune.workload.formats.canonical import write_workload
 from kvtune.workload.lint import LintReport, lint_workload
 from kvtune.workload.load import load_workload
 from kvtune.workload.materialise import DEFAULT_MAX_TOKENS, materialise
 from kvtune.workload.prefix import session_labels
+from kvtune.workload.profile import workload_profile
 from kvtune.workload.request import (
     Materialised,
     Message,
@@ -33,6 +35,7 @@ __all__ = [
     "Materialised",
     "Message",
     "Rejection",
+    "Shift",
     "Stationarity",
     "TokenRequest",
     "Workload",
@@ -51,6 +54,8 @@ __all__ = [
     "session_labels",
     "split_by_session",
     "stationarity",
+    "workload_drift",
+    "workload_profile",
     "workload_statistics",
     "write_workload",
 ]
