@@ -25,6 +25,7 @@ from kvtune.quality.probes import (
     num_probes_for,
     record_probes,
 )
+from kvtune.quality.tasks import TASKS
 from kvtune.target import ScoreItem, Scores
 
 WORDS = [
@@ -120,6 +121,10 @@ def test_probes_cover_tasks_lengths_depths_and_difficulties() -> None:
     seen = {name: {p.strata[name] for p in probes} for name in probes[0].strata}
     assert seen["task"] == {*known_tasks(source())} and len(seen["task"]) == 11
     assert len(seen["prompt_tokens"]) >= 3 and len(seen["depth"]) == 5
+    for task in TASKS:  # whatever their number, each task meets easy and hard, short and long
+        own = [p for p in probes if p.strata["task"] == task]
+        assert {p.strata["difficulty"] for p in own} == {"easy", "hard"}
+        assert min(p.num_tokens for p in own) < 500 and max(p.num_tokens for p in own) > 2500
     assert seen["difficulty"] == {"easy", "hard", "own"} and seen["language"] == {"en", "de"}
 
 

@@ -151,6 +151,28 @@ def test_depth_places_the_answer() -> None:
         assert abs(found - depth) < 0.2
 
 
+@every_difficulty
+def test_no_line_is_asked_twice_while_others_are_unasked(difficulty: Difficulty) -> None:
+    for seed in range(20):
+        sample = draw(
+            "recall", random.Random(seed), MATERIAL, num_tokens=900, num_questions=3, depth=0.5,
+            difficulty=difficulty,
+        )  # fmt: skip
+        assert len(set(answers_of(sample))) == 3
+
+
+@pytest.mark.parametrize("name", ["count", "common_word"])
+def test_what_is_counted_stands_in_no_filler(name: str) -> None:
+    filler = "w" + " and again ".join(f"{word}, {word}ing" for word in WORDS)
+    material = Material(WORDS, (filler,) * 4)
+    for seed in range(10):
+        sample = draw(name, random.Random(seed), material, num_tokens=900, difficulty="easy")
+        context = sample.turns[0][1]
+        listed = set(re.findall(r"^ - (\w+)$", context, re.MULTILINE))
+        prose = " ".join(line for line in context.splitlines() if not line.startswith(" - "))
+        assert prose.count("again") > 5 and not [word for word in listed if f" {word}" in prose]
+
+
 def test_white_space_does_not_make_an_answer_wrong() -> None:
     assert is_correct(" key: value", "key:  value\n")
     assert not is_correct(" key: value", " key: other")

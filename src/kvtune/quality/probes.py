@@ -51,6 +51,8 @@ SOLVED_SHARE: Final = 0.2
 """A task the baseline solves less often has too few answers to lose."""
 NUM_SCREENED: Final = 6
 """Contexts of a task asked first; a task of which none is solved is not asked again."""
+SIZED: Final = 0.94
+"""Share of the longest probe allowed that one is drawn for: samples are sized by and large."""
 SPARE: Final = 1.3
 """Probes drawn beyond what a candidate without a single loss needs."""
 
@@ -184,16 +186,17 @@ def draw_probes(
     probes: list[Probe] = []
     refused = 0
     for number in range(count):
-        task = tasks[number % len(tasks)]
-        round_ = number // len(tasks)
-        length = lengths[(round_ + number) % len(lengths)]
+        round_, place = divmod(number, len(tasks))
+        task = tasks[place]
+        # by round and place, not by number: whatever the number of tasks, each meets all lengths in turn
+        length = lengths[(round_ + place) % len(lengths)]
         item_id = f"{prefix}/{number}"
         if task == OWN:
             probe = _own_probe(source, material, rng, item_id=item_id)
         else:
             probe = _drawn_probe(
                 source, material, rng, task, item_id=item_id, num_tokens=length,
-                depth=DEPTHS[round_ % len(DEPTHS)], is_hard=bool((round_ + number) % 2),
+                depth=DEPTHS[round_ % len(DEPTHS)], is_hard=bool((round_ // 2 + place) % 2),
             )  # fmt: skip
         if probe is None:
             refused += 1
@@ -223,6 +226,7 @@ def _drawn_probe(
     num_tokens: int, depth: float, is_hard: bool,
 ) -> Probe | None:  # fmt: skip
     difficulty = "hard" if is_hard else "easy"
+    num_tokens = min(num_tokens, round(SIZED * source.max_tokens))
     asked = 1 if task in ONE_QUESTION else NUM_QUESTIONS
     sample = draw(
         task, rng, material, num_tokens=num_tokens, difficulty=difficulty, num_questions=asked, depth=depth

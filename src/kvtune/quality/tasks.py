@@ -9,6 +9,7 @@ is drawn from an rng, so no model can have seen an answer, and each answer state
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -82,11 +83,15 @@ class _Request:
         return self.rng.randint(max(3, fitting // 2), fitting)
 
     def asked(self, count: int) -> list[int]:
-        """Lines asked for; `depth` in 0..1 fixes the first (0: first line)."""
-        chosen = [self.rng.randrange(count) for _ in range(self.num_questions)]
+        """Lines asked for, each once before any is asked again; `depth` in 0..1 fixes the first (0: first
+        line)."""
+        rounds = -(-self.num_questions // count)
+        order = [line for _ in range(rounds) for line in self.rng.sample(range(count), count)]
         if self.depth is not None:
-            chosen[0] = round(self.depth * (count - 1))
-        return chosen
+            first = round(self.depth * (count - 1))
+            order.remove(first)
+            order.insert(0, first)
+        return order[: self.num_questions]
 
 
 def draw(
@@ -180,7 +185,7 @@ def _tracking(request: _Request) -> Sample:
 
 
 def _count(request: _Request) -> Sample:
-    """Words that stand in a list one to four times each; how often?"""
+    """Words that stand in a list one to four times each, and nowhere else in the context; how often?"""
     rng = request.rng
     kinds = max(2, request.num_lines(" - word", easy=12, most=60) // 2)
     words = request.words(kinds)
@@ -191,7 +196,7 @@ def _count(request: _Request) -> Sample:
         (f"How often is {words[i]} in the list?", f" {words[i]}:{times[words[i]]}")
         for i in request.asked(len(words))
     ]
-    return _dialogue(request, "count", "Items:", items, pairs)
+    return _dialogue(request, "count", "Items:", items, pairs, avoid=words)
 
 
 def _common_word(request: _Request) -> Sample:
@@ -207,7 +212,7 @@ def _common_word(request: _Request) -> Sample:
     items = [f" - {word}" for word in [words[0]] * times + others[: size - times]]
     rng.shuffle(items)
     pairs = [("Which item is most common?", f" {words[0]}")]
-    return _dialogue(request, "common_word", "Items:", items, pairs)
+    return _dialogue(request, "common_word", "Items:", items, pairs, avoid=words)
 
 
 # ---------------------------------------------------------------- completion
@@ -342,10 +347,17 @@ def _second_question(request: _Request) -> Sample:
 
 
 def _dialogue(
-    request: _Request, task: str, title: str, lines: Sequence[str], questions: Sequence[tuple[str, str]]
+    request: _Request,
+    task: str,
+    title: str,
+    lines: Sequence[str],
+    questions: Sequence[tuple[str, str]],
+    *,
+    avoid: Sequence[str] = (),
 ) -> Sample:
-    """The lines among filler as system or user turn, then the questions with their answers."""
-    context = title + "\n" + "\n".join(_among_filler(request, lines))
+    """The lines among filler as system or user turn, then the questions with their answers; words that
+    begin with one to `avoid` are taken out of the filler, where they would be one more to count."""
+    context = title + "\n" + "\n".join(_among_filler(request, lines, avoid))
     if request.rng.random() < 0.5:
         turns = [("system", context)]
     else:
@@ -357,7 +369,7 @@ def _dialogue(
     return Sample(task, tuple(turns), tuple(scored))
 
 
-def _among_filler(request: _Request, lines: Sequence[str]) -> list[str]:
+def _among_filler(request: _Request, lines: Sequence[str], avoid: Sequence[str]) -> list[str]:
     """The lines in order, pieces of filler at random places up to the context's size."""
     room = request.room() - request.material.count_tokens("\n".join(lines))
     pieces: list[tuple[float, str]] = [(float(index), line) for index, line in enumerate(lines)]
@@ -365,6 +377,8 @@ def _among_filler(request: _Request, lines: Sequence[str]) -> list[str]:
         piece = _filler(request, min(room, 160))
         if not piece:
             break
+        if avoid:
+            piece = re.sub(rf"\b({'|'.join(map(re.escape, avoid))})\w*", "", piece)
         pieces.append((request.rng.uniform(-0.5, len(lines) - 0.5), piece.rstrip("\n")))
         room -= request.material.count_tokens(piece) + 1
     return [piece for _, piece in sorted(pieces)]
