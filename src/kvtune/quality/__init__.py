@@ -18,6 +18,7 @@ from kvtune.quality.divergence import divergence, is_bit_equal, kl_divergence
 from kvtune.quality.gate import Gate, GateCost, GateQuestions, ask_baseline, judge_candidate
 from kvtune.quality.levels import Look, SharedError, looks_of
 from kvtune.quality.margins import MARGINS, Margin, margin_named
+from kvtune.quality.positions import kl_by_position
 from kvtune.quality.probes import (
     Conversation,
     ProbeOutcome,
@@ -30,6 +31,7 @@ from kvtune.quality.probes import (
 )
 from kvtune.quality.proportion import wilson_interval
 from kvtune.quality.replay import Reference, ReplaySettings, record_reference, replay, replay_decode
+from kvtune.quality.sensitivity import isolated_kl
 from kvtune.quality.speed import HIGHER_IS_BETTER, Slo, SpeedRatios, compare_speed, summarise
 from kvtune.quality.tasks import TASKS, Material, Sample, draw, is_correct
 from kvtune.quality.verdict import QualityVerdict, Verdict, judge
@@ -70,10 +72,12 @@ __all__ = [
     "draw",
     "is_bit_equal",
     "is_correct",
+    "isolated_kl",
     "judge",
     "judge_answers",
     "judge_candidate",
     "judge_probes",
+    "kl_by_position",
     "kl_divergence",
     "load_checker",
     "looks_of",

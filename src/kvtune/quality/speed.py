@@ -63,8 +63,21 @@ def _mean(x: Floats) -> Floats:
     return x.mean(axis=-1)
 
 
+def _median(x: Floats) -> Floats:
+    return np.median(x, axis=-1)
+
+
 def _p95(x: Floats) -> Floats:
     return np.quantile(x, 0.95, axis=-1)
+
+
+_LATENCIES: Mapping[str, tuple[str, Callable[[Floats], Floats]]] = {
+    "tpot_s.mean": ("tpot_s", _mean),
+    "ttft_s.p95": ("ttft_s", _p95),
+    "ttft_s.p50": ("ttft_s", _median),
+    "e2e_s.p95": ("e2e_s", _p95),
+}
+"""Ratio -> the member of a result it is of, and the statistic. The first two are held to limits."""
 
 
 def compare_speed(
@@ -73,10 +86,7 @@ def compare_speed(
     """Ratios over the requests both sides finished; runs of one side are averaged per request."""
     above, below = _by_request(candidate), _by_request(baseline)
     ratios: dict[str, Estimate] = {}
-    for name, member, statistic in (
-        ("tpot_s.mean", "tpot_s", _mean),
-        ("ttft_s.p95", "ttft_s", _p95),
-    ):
+    for name, (member, statistic) in _LATENCIES.items():
         pairs = _paired(above, below, member)
         if len(pairs) and float(statistic(pairs[None, :, 1])[0]) > 0:
             ratios[name] = bootstrap_ratio(pairs[:, 0], pairs[:, 1], statistic, rng=rng)
@@ -153,13 +163,36 @@ def summarise(reports: Sequence[LoadReport], slo: Slo) -> dict[str, Any]:
     for name, member in (("ttft_s", "ttft_s"), ("tpot_s", "tpot_s"), ("e2e_s", "e2e_s")):
         values = [getattr(r, member) for r in done if getattr(r, member) is not None]
         out[name] = _distribution(np.array(values, np.float64))
+    out["itl_s"] = _distribution(np.array([gap for r in done for gap in r.itl_s], np.float64))
     met = sum(slo.is_met(r) for r in results)
     out["num_slo_met"] = met
     out["goodput"] = met / duration if duration > 0 else None
     tokens = sum(len(r.token_ids) for r in done)
     out["output_tokens_per_s"] = tokens / duration if duration > 0 else None
     out["num_cached_tokens"] = sum(r.num_cached_tokens for r in done)
-    return out
+    return out | _cache_figures(reports)
+
+
+_COUNTED = {
+    "queried": ("queried_tokens", "prefix_cache_queries"),
+    "hit": ("hit_tokens", "prefix_cache_hits"),
+    "preemptions": ("preemptions", "num_preemptions"),
+    "recomputed": ("recomputed_tokens",),
+}
+"""What we report -> what kvtune's engine and vLLM call it."""
+
+
+def _cache_figures(reports: Sequence[LoadReport]) -> dict[str, Any]:
+    """Prefix hits of the device tier, preemptions, recomputed tokens; None where the engine counts none."""
+    total: dict[str, float | None] = {}
+    for figure, names in _COUNTED.items():
+        found = [r.counters[name] for r in reports for name in names if name in r.counters]
+        total[figure] = sum(found) if found else None
+    queried, hit = total["queried"], total["hit"]
+    return {
+        "device_hit_rate": hit / queried if queried and hit is not None else None,
+        "preemptions": total["preemptions"], "recomputed_tokens": total["recomputed"],
+    }  # fmt: skip
 
 
 def _distribution(values: Floats) -> dict[str, float | int | None]:

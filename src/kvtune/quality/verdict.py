@@ -118,6 +118,8 @@ class QualityVerdict:
     cannot_see: tuple[str, ...] = ()
     num_planned: int = 0
     """Requests of the whole sample; fewer were replayed where an early look decided."""
+    divergences: tuple[tuple[TokenDivergence, TokenDivergence], ...] = field(default=(), repr=False)
+    """(candidate, A/A floor) of each replayed request, in order; not part of `to_dict`."""
 
     @property
     def more_requests(self) -> int | None:
@@ -173,6 +175,7 @@ def judge(
     candidate = [divergence(a, b) for a, b in pairs]
     floor = [divergence(a, b) for a, b in zip(reference.scores, reference.aa_scores, strict=True)]
     base |= {"num_ids": min(d.num_ids for d in candidate), "is_exact_kl": all(d.is_exact for d in candidate)}
+    base["divergences"] = tuple(zip(candidate, floor, strict=True))
     base["worst_request"], base["strata"] = worst(reference, candidate), by_stratum(reference, candidate)
     base["notes"] = (*base["notes"], *_notes(reference, candidate))
     decode_pair = (

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kvtune._version import __version__
-from kvtune.quality import Slo, SpeedRatios, Verdict, summarise
+from kvtune.adapters.emit import emit_recipe
+from kvtune.errors import UsageError
+from kvtune.quality import Estimate, Slo, SpeedRatios, Verdict, summarise
 from kvtune.recipe import DEFAULT_VOIDED_BY, Recipe, codec_constants_sha256, configuration_of
 from kvtune.target import Config, LoadReport, Target
 from kvtune.tune.confirmation import Confirmed
 from kvtune.tune.evaluation import Baseline, plain
+from kvtune.tune.held import RequestBytes, held_in, within_slo
 from kvtune.tune.settings import TuneSettings
 from kvtune.tune.trial import Trial
 from kvtune.workload import TokenRequest
 
-__all__ = ["Outcome", "is_better_confirmed"]
+__all__ = ["Outcome", "emitted", "is_better_confirmed"]
 
-MAX_LENGTHS = 64
 MIN_BYTES_SAVED = 0.005
 MIN_SPEED_GAIN = 0.03
 
@@ -31,11 +34,14 @@ def gain_entry(ratio: float, low: float, high: float, *, significant: bool, n: i
     return {**{k: plain(float(v)) for k, v in bounds.items()}, "significant": significant, "n": n}
 
 
-def gains(bytes_ratio: float, held_ratio: float, ratios: SpeedRatios, aa: SpeedRatios) -> dict[str, Any]:
-    """Winner / baseline by metric. Sizes are exact; speed counts beyond its interval and the A/A's."""
+def gains(bytes_ratio: float, held: Estimate, ratios: SpeedRatios, aa: SpeedRatios) -> dict[str, Any]:
+    """Winner / baseline by metric. Bytes are exact; speed counts beyond its interval and the A/A's."""
+    r = bytes_ratio
     out = {
-        name: gain_entry(r, r, r, significant=abs(r - 1) > MIN_BYTES_SAVED, n=1)
-        for name, r in (("kv_bytes_per_token", bytes_ratio), ("requests_held", held_ratio))
+        "kv_bytes_per_token": gain_entry(r, r, r, significant=abs(r - 1) > MIN_BYTES_SAVED, n=1),
+        "requests_held": gain_entry(
+            held.value, held.low, held.high, significant=held.low > 1 or held.high < 1, n=held.n
+        ),
     }
     for name, e in ratios.ratios.items():
         out[name] = gain_entry(e.value, e.low, e.high, significant=_is_significant(name, ratios, aa), n=e.n)
@@ -84,6 +90,8 @@ class Outcome:
     elapsed_s: float
     recipe_path: str
     split: Mapping[str, int]
+    further: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Evidence beside the verdict, as `tune.evidence` records it."""
 
     @property
     def winner_config(self) -> Config:
@@ -100,31 +108,49 @@ class Outcome:
         tokens = float(self.search.effective.get("kv_capacity_tokens") or 0)
         return int(tokens * self.search.bytes_per_token)
 
-    def _lengths(self) -> list[int]:
-        return [len(r.prompt_token_ids) + r.max_tokens for r in self.requests]
+    def _held(self) -> tuple[dict[str, Any], Estimate]:
+        """Requests of the workload's lengths that the KV budget holds at once, per side, and their ratio.
 
-    def _request_bytes(self, config: Config) -> float:
-        """Allocator bytes of a mean request; of many lengths, evenly spaced quantiles stand for all."""
-        lengths = np.array(self._lengths())
-        if len(lengths) > MAX_LENGTHS:
-            lengths = np.quantile(lengths, np.linspace(0, 1, MAX_LENGTHS)).round().astype(int)
-        return float(np.mean([n * self.target.kv_bytes_per_token(config, context=int(n)) for n in lengths]))
-
-    def _held_ratio(self) -> float:
-        return self._request_bytes(self.baseline_config) / self._request_bytes(self.winner_config)
-
-    def _held(self, config: Config, effective: Mapping[str, Any]) -> dict[str, Any]:
-        """Requests of the workload's lengths that one KV budget holds at once.
-
-        `value` is predicted from allocator bytes; `measured` divides the running engine's own capacity.
+        `value` is predicted from allocator bytes, its bounds say how much the mix of requests matters;
+        `measured` divides the running engine's own capacity by the mean length.
         """
-        mean_length = float(np.mean(self._lengths()))
-        tokens = effective.get("kv_capacity_tokens")
+        sizes = RequestBytes(self.requests)
+        rng = np.random.default_rng(self.settings.seed)  # what else was drawn must not move a prediction
+        per_side = [sizes.under(functools.partial(self._bytes_at, config)) for config in self._configs()]
+        mean_length = float(np.mean(sizes.lengths))
+        out: dict[str, Any] = {"kv_budget_bytes": self.kv_budget_bytes}
+        effective = self.search.effective if self.confirmed is None else self.confirmed.effective
+        for side, mine, live in (
+            ("baseline", per_side[0], self.search.effective), ("winner", per_side[1], effective),
+        ):  # fmt: skip
+            tokens = live.get("kv_capacity_tokens")
+            out[side] = {
+                **held_in(self.kv_budget_bytes, mine, sizes.sessions, rng), "source": "predicted from sizes",
+                "measured": None if tokens is None else round(float(tokens) / mean_length, 2),
+                "measured_source": "capacity of the running engine, mean length",
+            }  # fmt: skip
+        return out, sizes.ratio(per_side[0], per_side[1], rng)
+
+    def _configs(self) -> tuple[Config, Config]:
+        return self.baseline_config, self.winner_config
+
+    def _bytes_at(self, config: Config, context: int) -> float:
+        return self.target.kv_bytes_per_token(config, context=context)
+
+    def _within_slo(self) -> dict[str, Any]:
+        """Requests of the load that met the SLO asked for, or, without one, the limit the search applies to
+        the baseline's own p95."""
+        slo = self.settings.slo
+        asked = slo is not None
+        if slo is None:
+            limit, seen = self.settings.latency_limit, summarise(self.baseline_reports, Slo())
+            p95 = {name: seen[name]["p95"] for name in ("ttft_s", "tpot_s")}
+            slo = Slo(**{f"{name[:-2]}_p95_s": limit * v for name, v in p95.items() if v is not None})
+        reports = self.baseline_reports if self.confirmed is None else self.confirmed.reports
         return {
-            "value": round(self.kv_budget_bytes / self._request_bytes(config), 2),
-            "source": "predicted from sizes",
-            "measured": None if tokens is None else round(float(tokens) / mean_length, 2),
-            "measured_source": "capacity of the running engine, mean length",
+            "slo": {"ttft_s": slo.ttft_p95_s, "tpot_s": slo.tpot_p95_s, "is_asked": asked,
+                    "factor": None if asked else self.settings.latency_limit},
+            "baseline": within_slo(self.baseline_reports, slo), "winner": within_slo(reports, slo),
         }  # fmt: skip
 
     def _side(
@@ -134,7 +160,7 @@ class Outcome:
         return {
             "config": dict(config),
             "metrics": {"kv_bytes_per_token": self._bytes(config), **summarise(reports, slo)},
-            "effective": dict(effective), "held": self._held(config, effective),
+            "effective": dict(effective),
         }  # fmt: skip
 
     def quality(self) -> dict[str, Any]:
@@ -159,8 +185,8 @@ class Outcome:
             found = self.confirmed
             winner = {**self._side(found.config, found.reports, found.effective), "is_baseline": False}
         bytes_ratio = self._bytes(self.winner_config) / self._bytes(self.baseline_config)
-        held = {side: facts["held"] for side, facts in (("baseline", base), ("winner", winner))}
-        held_ratio = self._held_ratio()
+        held, held_ratio = self._held()
+        base["held"], winner["held"] = held["baseline"], held["winner"]
         ratios = SpeedRatios(ratios={}) if self.confirmed is None else self.confirmed.ratios
         return plain({
             "schema_version": 1,
@@ -171,10 +197,11 @@ class Outcome:
             "quality": self.quality(),
             "speed_verdict": "PASS" if self.confirmed is None else self.confirmed.speed_verdict,
             "aa_noise": self._aa_noise(),
-            "held": {"kv_budget_bytes": self.kv_budget_bytes, **held},
+            "held": held, "within_slo": self._within_slo(),
             "smallest_failing_step": self.failing_step,
             "rejected": [{"config": c.config, "reason": c.rejected, "quality": c.quality.to_dict(),
                           "ratios": c.ratios.to_dict()} for c in self.rejected],
+            **self.further,
             "trials": [t.to_dict() for t in self.trials],
             "context": self.settings.context,
             "objective": self._objective(), "margin": self._margin(),
@@ -218,8 +245,9 @@ class Outcome:
             f"{self.search.num_quality} requests in the search",
         ]
         if self.confirmed is not None and self.confirmed.speed_verdict != "PASS":
-            worst = max(self.confirmed.ratios.ratios.items(), key=lambda item: item[1].high
-                        if item[0] != "goodput" else -math.inf)  # fmt: skip
+            limited = ("tpot_s.mean", "ttft_s.p95")
+            found = [(name, r) for name, r in self.confirmed.ratios.ratios.items() if name in limited]
+            worst = max(found, key=lambda item: item[1].high)
             limits.append(
                 f"speed is not proven: the upper bound of {worst[0]} is {worst[1].high:.3g}x, above "
                 f"{self.settings.latency_limit:g}x; the noise of this run does not allow a decision"
@@ -273,3 +301,12 @@ class Outcome:
                 "source": "predicted", "read_back": record[side]["effective"].get("kv_bytes_per_token"),
             }  # fmt: skip
         return out
+
+
+def emitted(recipe: Recipe, path: Path) -> dict[str, Any]:
+    """What runs the recipe, as `kvtune emit` prints it; `refusal` says why nothing does."""
+    target = "vllm" if recipe.engine["name"] == "vllm" else "transformers"
+    try:
+        return {"target": target, "text": emit_recipe(recipe, path, target).text}
+    except UsageError as error:
+        return {"target": target, "refusal": str(error)}

@@ -16,14 +16,29 @@ class Pace:
         self._start = clock()
         self.budget_s = budget_s
         self._spent: dict[str, tuple[float, float]] = {}
+        self._held_s = 0.0
 
     @property
     def elapsed_s(self) -> float:
         return self._clock() - self._start
 
     @property
-    def left_s(self) -> float:
+    def until_deadline_s(self) -> float:
         return self.budget_s - self.elapsed_s
+
+    @property
+    def left_s(self) -> float:
+        """What may be spent now: without the seconds that are held back."""
+        return self.until_deadline_s - self._held_s
+
+    @contextlib.contextmanager
+    def holding(self, seconds: float) -> Generator[None]:
+        """Inside, `left_s` lacks these seconds: they are kept for what comes after."""
+        self._held_s += seconds
+        try:
+            yield
+        finally:
+            self._held_s -= seconds
 
     @contextlib.contextmanager
     def measure(self, name: str, units: float = 1.0) -> Generator[None]:

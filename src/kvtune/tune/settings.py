@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,8 @@ class TuneSettings:
     """Largest net loss of probes; None as the margin says."""
     questions: GateQuestions = field(default_factory=GateQuestions)
     """What the confirmation asks beyond the replay: probes, high-value requests, judged answers."""
+    text: Callable[[Sequence[int]], str] | None = None
+    """Token ids to what a user reads, for answers side by side; None shows token ids."""
 
     @property
     def limits(self) -> Margin:

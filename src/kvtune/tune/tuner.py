@@ -21,9 +21,11 @@ import numpy as np
 from kvtune.quality import Verdict
 from kvtune.recipe import canonical_json, write_atomically
 from kvtune.target import LoadRequest, Target
+from kvtune.tune.ablation import Ablation
 from kvtune.tune.confirmation import Confirmation, Confirmed, candidate_s, reserve_s
 from kvtune.tune.evaluation import Evaluator, may_pass, plain
-from kvtune.tune.outcome import Outcome, is_better_confirmed
+from kvtune.tune.evidence import evidence_record
+from kvtune.tune.outcome import Outcome, emitted, is_better_confirmed
 from kvtune.tune.pace import Pace
 from kvtune.tune.settings import Progress, ProgressEvent, TuneResult, TuneSettings
 from kvtune.tune.space import SearchSpace
@@ -113,8 +115,17 @@ class _Run:
         stop_reason = self._search(study)
         self._probe_frontier()
         candidates = self._candidates()
-        confirmation = self._confirmation(len(candidates))
-        confirmed, rejected = self._confirm(confirmation, candidates)
+        ablation = Ablation(self._evaluator, self._space, self._trials, pace=self._pace)
+        with self._pace.holding(ablation.cost_s(candidates[0].config) if candidates else 0.0):
+            confirmation = self._confirmation(len(candidates))
+            confirmed, rejected = self._confirm(confirmation, candidates)
+        further: dict[str, Any] = {}
+        if confirmed is not None:
+            self._say("evidence", "the winner one setting at a time, its memory, its answers")
+            further = evidence_record(
+                confirmation, confirmed, ablation, target=self._target, settings=self._settings,
+                requests=self._confirm_half, baseline=self._space.baseline, pace=self._pace, rng=self._rng,
+            )  # fmt: skip
         outcome = Outcome(
             target=self._target, settings=self._settings, identity=identity, requests=self._requests,
             search=self._evaluator.baseline, baseline_config=self._space.baseline,
@@ -124,6 +135,7 @@ class _Run:
             elapsed_s=round(self._pace.elapsed_s, 2), recipe_path=str(self._folder / "recipe.json"),
             split={"num_requests": len(self._requests), "num_search": len(self._search_half),
                    "num_confirm": len(self._confirm_half)},
+            further=further,
         )  # fmt: skip
         answers = confirmation.baseline_answers() if confirmed is None else confirmed.answers
         return self._write(outcome, zip(confirmation.asked(), answers, strict=True))
@@ -367,7 +379,9 @@ class _Run:
     def _write(self, outcome: Outcome, answers: Iterable[tuple[LoadRequest, tuple[int, ...]]]) -> TuneResult:
         """All files; result.json last, as its presence says that the run ended."""
         record = outcome.record()
-        recipe_path = outcome.recipe(record).save(self._folder / "recipe.json")
+        recipe = outcome.recipe(record)
+        recipe_path = recipe.save(self._folder / "recipe.json")
+        record["emitted"] = emitted(recipe, recipe_path)
         self._write_trials()
         lines = [
             {"request_id": r.request_id, "prompt_token_ids": list(r.prompt_token_ids),
@@ -387,7 +401,7 @@ class _Run:
         best = self._best()
         self._progress(
             ProgressEvent(
-                stage=stage, message=message, time_left_s=self._pace.left_s,
+                stage=stage, message=message, time_left_s=self._pace.until_deadline_s,
                 trial=None if trial is None else trial.to_dict(),
                 best=None if best is None else best.to_dict(),
             )

@@ -1,0 +1,103 @@
+"""The winner one setting at a time: what each change is worth, measured with that one back at the baseline.
+
+    winner k=int8 v=int8   ->   k=bf16 v=int8 (what K contributes),  k=int8 v=bf16 (what V contributes)
+
+On the SEARCH half, with the funnel's own loads and replay, so that what the search measured is taken as it
+is. Settings interact: contributions need not add up to the whole, and the report says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kvtune.target import Config
+from kvtune.tune.evaluation import Evaluator
+from kvtune.tune.pace import Pace
+from kvtune.tune.space import SearchSpace
+from kvtune.tune.trial import Status, Trial
+
+__all__ = ["Ablation", "changed_settings"]
+
+BUDGET_SHARE = 0.1
+"""Of the whole budget, what may be set aside for it at most."""
+SAFETY = 1.25
+
+
+def changed_settings(config: Config, baseline: Config) -> list[str]:
+    """Names of the settings in which a configuration differs from the baseline."""
+    return [name for name in config if config[name] != baseline.get(name)]
+
+
+class Ablation:
+    """Measures the variants of one winner. `trials`: what the search knows already."""
+
+    def __init__(
+        self, evaluator: Evaluator, space: SearchSpace, trials: Sequence[Trial], *, pace: Pace
+    ) -> None:
+        self._evaluator, self._space, self._pace = evaluator, space, pace
+        self._known = {
+            space.label(t.config): t
+            for t in trials
+            if t.status is not Status.PRUNED and "tpot_s" in t.metrics
+        }
+
+    def cost_s(self, config: Config) -> float:
+        """Seconds to set aside for the variants of `config` that the search did not measure."""
+        variants = [config, *(self._without(config, name) for name in self._changed(config))]
+        unknown = sum(self._space.label(variant) not in self._known for variant in variants)
+        return min(
+            BUDGET_SHARE * self._pace.budget_s, SAFETY * unknown * self._pace.cost_s("trial"),
+        )  # fmt: skip
+
+    def record(self, winner: Config) -> dict[str, Any]:
+        """`{"winner": row, "variants": [row]}`, one row per changed setting; `skipped` names settings without
+        time. A row: setting, value, baseline_value, config, metrics, ratios, quality, source."""
+        rows: list[dict[str, Any]] = []
+        skipped: list[str] = []
+        whole = self._measured(winner)
+        for name in self._changed(winner):
+            variant = self._without(winner, name)
+            found = self._measured(variant)
+            if found is None:
+                skipped.append(name)
+                continue
+            row = _row(found, self._source(found))
+            rows.append({"setting": name, "value": winner[name],
+                         "baseline_value": self._space.baseline.get(name), **row})  # fmt: skip
+        return {
+            "winner": None if whole is None else _row(whole, self._source(whole)),
+            "variants": rows, "skipped": skipped,
+            "note": "measured on the search half, each against the same baseline runs; settings interact, so "
+            "contributions need not add up",
+        }  # fmt: skip
+
+    def _changed(self, config: Config) -> list[str]:
+        return changed_settings(config, self._space.baseline)
+
+    def _without(self, config: Config, name: str) -> dict[str, Any]:
+        """The configuration with one setting back at the baseline (or gone, if the baseline has none)."""
+        variant = {key: value for key, value in config.items() if key != name}
+        if name in self._space.baseline:
+            variant[name] = self._space.baseline[name]
+        return {key: variant[key] for key in config if key in variant}
+
+    def _measured(self, config: Config) -> Trial | None:
+        """A trial of the search, else a new measurement; None without time for it."""
+        known = self._known.get(self._space.label(config))
+        if known is not None:
+            return known
+        if self._pace.left_s < SAFETY * self._pace.cost_s("trial"):
+            return None
+        return self._evaluator.evaluate(-1, config, None)
+
+    def _source(self, trial: Trial) -> str:
+        return "measured for this table" if trial.number < 0 else f"trial {trial.number} of the search"
+
+
+def _row(trial: Trial, source: str) -> Mapping[str, Any]:
+    return {
+        "config": dict(trial.config), "metrics": dict(trial.metrics), "ratios": dict(trial.ratios),
+        "quality": None if trial.quality is None else dict(trial.quality), "status": trial.status.value,
+        "reason": trial.reason, "source": source,
+    }  # fmt: skip
