@@ -15,6 +15,7 @@ from kvtune.sched.shape import CALIBRATION_VERSION, SHAPE_COLUMNS, ReadGeometry
 from kvtune.sim import FittedCost, RooflineCost, load_calibration
 from kvtune.sim.nnls import nonnegative_least_squares
 from kvtune.spec import ModelSpec
+from kvtune.types import ScheduledChunk
 
 
 def random_shapes(rng, count):
@@ -161,10 +162,13 @@ def test_a_calibration_file_is_read_back_with_its_facts(tmp_path: Path):
         ("{", "not JSON"),
         ("[1]", "not a calibration file"),
         (json.dumps({"calibration_version": 1}), "not a calibration file"),
-        (json.dumps(calibration(calibration_version=9)), "calibration version 9, this kvtune reads 1"),
+        (json.dumps(calibration(calibration_version=9)), "calibration version 9, this kvtune reads 2"),
         (json.dumps(calibration(seconds=[1.0])), "1 times do not belong to shapes"),
         (json.dumps(calibration(shapes=[[1, 2]], seconds=[1.0])), "do not belong to shapes"),
-        (json.dumps(calibration(shapes=[["x"] * 7], seconds=[1.0])), "not a calibration file"),
+        (
+            json.dumps(calibration(shapes=[["x"] * len(SHAPE_COLUMNS)], seconds=[1.0])),
+            "not a calibration file",
+        ),
         (json.dumps(calibration(seconds=[-1.0] * 60)), "negative or infinite"),
         (json.dumps(calibration(seconds=[1e999] * 60)), "negative or infinite"),
         (json.dumps(calibration(submissions=[[1, -1.0]])), "negative or infinite"),
@@ -191,6 +195,31 @@ def test_the_shape_of_a_run_of_decodes_is_that_of_its_steps(config):
     rows = geometry.decode_rows(contexts, 40)
     one_by_one = [geometry.row_of([(int(c) - 1 + step, 1, True) for c in contexts]) for step in range(40)]
     np.testing.assert_allclose(rows, one_by_one)
+
+
+def chunk(name, start, num_tokens, *tables):
+    return ScheduledChunk(
+        request_id=name, token_ids=np.zeros(num_tokens, dtype=np.int32), start=start,
+        block_tables=tuple(np.array(table, dtype=np.int32) for table in tables), samples=True,
+    )  # fmt: skip
+
+
+def test_a_block_that_several_sequences_hold_counts_once_in_distinct_bytes():
+    groups = ModelSpec.from_config(GEMMA).kv_groups()
+    geometry = ReadGeometry.of(groups, CacheConfig(block_size=16))
+    block = {g.window: 16 * 2 * g.num_kv_heads * g.k_head_dim * 2 * len(g.layers) for g in groups}
+    tables = {None: ([0, 1, 2, 3], [0, 1, 4], [0, 1, 2, 5]), 24: ([-1, -1, 6, 7], [-1, 8, 9], [-1, -1, 6, 5])}
+    order = [g.window for g in groups]
+    chunks = [
+        chunk(name, start, n, *(tables[window][i] for window in order))
+        for i, (name, start, n) in enumerate([("a", 63, 1), ("b", 40, 8), ("c", 63, 1)])
+    ]
+    row = dict(zip(SHAPE_COLUMNS, geometry.row(chunks), strict=True))
+    # blocks 0 and 1 three times and 2 twice in the full group, 6 twice in the sliding one
+    repeated = 5 * block[None] + block[24]
+    assert row["distinct_bytes"] == row["decode_bytes"] + row["prefill_bytes"] - repeated
+    alone = dict(zip(SHAPE_COLUMNS, geometry.row(chunks[:1]), strict=True))
+    assert alone["distinct_bytes"] == alone["decode_bytes"]
 
 
 def test_pairs_and_bytes_of_a_prefill_are_those_counted_query_by_query():

@@ -7,6 +7,7 @@ import pytest
 from sim_case import LinearCost, random_requests, step_clock
 
 from kvtune.errors import UsageError
+from kvtune.sched.shape import SHAPE_COLUMNS
 from kvtune.sim import STEP_COLUMNS, SimRequest
 
 
@@ -116,3 +117,24 @@ def test_decode_steps_made_at_once_equal_steps_made_one_by_one(
     fast.manager.check()
     slow.manager.check()
     assert [u.free for u in fast.manager.usage()] == [u.free for u in slow.manager.usage()]
+
+
+class BytesCost(LinearCost):
+    """Time by the distinct bytes a step reads."""
+
+    def seconds(self, shapes):
+        return 1e-6 + 1e-9 * shapes[:, SHAPE_COLUMNS.index("distinct_bytes")]
+
+    def step_s(self, row):
+        return 1e-6 + 1e-9 * row[SHAPE_COLUMNS.index("distinct_bytes")]
+
+
+def test_a_prefix_that_running_requests_share_is_read_once_in_steps_made_at_once_too(simulate):
+    prompt = np.arange(3, 83, dtype=np.int32)  # five blocks, four of them full before its last token
+    shared = [request(f"r{i}", 0.0, prompt=80, output=20, prompt_token_ids=prompt) for i in range(4)]
+    own = [request(f"r{i}", 0.0, prompt=80, output=20) for i in range(4)]
+    fast, slow = simulate(cost=BytesCost()), simulate(cost=BytesCost())
+    slow.on_step = lambda output: None
+    run = fast.run(shared)
+    assert outcome(run) == outcome(slow.run(shared))
+    assert run.duration_s < 0.6 * simulate(cost=BytesCost()).run(own).duration_s

@@ -14,22 +14,23 @@ import numpy.typing as npt
 
 from kvtune.config import CacheConfig
 from kvtune.spec import KVGroup, group_block_bytes
-from kvtune.types import ScheduledChunk
+from kvtune.types import BlockTable, ScheduledChunk
 
 __all__ = ["CALIBRATION_VERSION", "SHAPE_COLUMNS", "ReadGeometry", "ShapeRows"]
 
 SHAPE_COLUMNS = (
     "num_decodes", "num_prefills", "prefill_tokens", "num_samples", "decode_bytes", "prefill_bytes",
-    "prefill_pairs",
+    "prefill_pairs", "distinct_bytes",
 )  # fmt: skip
 """Columns of `ShapeRows`. A decode is a chunk of one token, every longer chunk a prefill.
 
 num_samples: sequences whose next token is sampled. decode_bytes, prefill_bytes: KV bytes of all layers
 that decodes read, and that prefill chunks read when each key is read once. prefill_pairs: query-key
-pairs of prefill chunks, summed over layers.
+pairs of prefill chunks, summed over layers. distinct_bytes: KV bytes read when a block that several
+sequences of the step share is counted once: the others find it in the processor's cache.
 """
 
-CALIBRATION_VERSION = 1
+CALIBRATION_VERSION = 2
 """Format of files that hold measured steps as rows of these columns."""
 
 ShapeRows = npt.NDArray[np.float64]
@@ -41,6 +42,7 @@ class _GroupRead:
     window: int | None
     token_bytes: float  # over the group's layers
     num_layers: int
+    block_bytes: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,22 +54,27 @@ class ReadGeometry:
     @classmethod
     def of(cls, groups: Sequence[KVGroup], cache: CacheConfig) -> Self:
         """From the engine's KV groups and its codecs per layer."""
-        return cls(
-            tuple(
-                _GroupRead(
-                    group.window,
-                    group_block_bytes(group, cache.codecs_of, cache.block_size) / cache.block_size,
-                    len(group.layers),
-                )
-                for group in groups
-            )
-        )
+        return cls(tuple(_group_read(group, cache) for group in groups))
 
     def row(self, chunks: Sequence[ScheduledChunk]) -> list[float]:
         """One row of `ShapeRows` for the chunks of a step."""
-        return self.row_of([(chunk.start, chunk.num_tokens, chunk.samples) for chunk in chunks])
+        return self.row_of(
+            [(chunk.start, chunk.num_tokens, chunk.samples) for chunk in chunks],
+            repeated_bytes=self.repeated_bytes([chunk.block_tables for chunk in chunks]),
+        )
 
-    def row_of(self, chunks: Sequence[tuple[int, int, bool]]) -> list[float]:
+    def repeated_bytes(self, tables: Sequence[tuple[BlockTable, ...]]) -> float:
+        """KV bytes of blocks held again by a second, third ... sequence; `tables` per sequence and group."""
+        if len(tables) < 2:
+            return 0.0
+        total = 0.0
+        for group, own in zip(self.groups, zip(*tables, strict=True), strict=True):
+            blocks = np.sort(np.concatenate(own))
+            held = blocks[np.searchsorted(blocks, 0) :]  # -1: the window has passed
+            total += group.block_bytes * np.count_nonzero(held[1:] == held[:-1])
+        return total
+
+    def row_of(self, chunks: Sequence[tuple[int, int, bool]], *, repeated_bytes: float = 0.0) -> list[float]:
         """One row of `ShapeRows` for (tokens computed before, tokens in the chunk, samples)."""
         prefills = [(start, n) for start, n, _ in chunks if n != 1]
         decode_keys = [start + 1 for start, n, _ in chunks if n == 1]
@@ -89,13 +96,21 @@ class ReadGeometry:
             decode_bytes,
             prefill_bytes,
             pairs,
+            max(0.0, decode_bytes + prefill_bytes - repeated_bytes),
         ]
 
-    def decode_rows(self, contexts: npt.NDArray[np.int64], num_steps: int) -> ShapeRows:
-        """`ShapeRows` of steps that decode a token of each sequence; `contexts`: keys seen in the first."""
+    def decode_rows(
+        self, contexts: npt.NDArray[np.int64], num_steps: int, *, repeated_bytes: float = 0.0
+    ) -> ShapeRows:
+        """`ShapeRows` of steps that decode a token of each sequence; `contexts`: keys seen in the first.
+
+        What is shared at the start stays shared: decoding adds blocks of one's own (a window that moves past
+        a shared block meanwhile is not followed).
+        """
         rows = np.zeros((num_steps, len(SHAPE_COLUMNS)))
         rows[:, 0] = rows[:, 3] = len(contexts)
         rows[:, 4] = self._decode_bytes(contexts, num_steps)
+        rows[:, 7] = np.maximum(rows[:, 4] - repeated_bytes, 0.0)
         return rows
 
     def _decode_bytes(self, contexts: npt.NDArray[np.int64], num_steps: int) -> npt.NDArray[np.float64]:
@@ -113,6 +128,11 @@ class ReadGeometry:
                 full = np.searchsorted(room, steps, side="right")
                 total += group.token_bytes * (seen + before[full] + (len(room) - full) * steps)
         return total
+
+
+def _group_read(group: KVGroup, cache: CacheConfig) -> _GroupRead:
+    block_bytes = group_block_bytes(group, cache.codecs_of, cache.block_size)
+    return _GroupRead(group.window, block_bytes / cache.block_size, len(group.layers), block_bytes)
 
 
 def _visible(keys: Sequence[int], window: int | None) -> int:

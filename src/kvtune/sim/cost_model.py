@@ -5,6 +5,7 @@ models, with one engine's steps in place of an operator database)::
 
     seconds = fixed + matmul(rows) + per sequence + per sampled token
               + bytes of KV decodes read + bytes prefill reads + query-key pairs of prefill
+              + distinct bytes of KV (a shared prefix is fetched from memory once)
 
 `matmul` is a monotone piecewise-linear curve over the rows of the step: weights are read once however few
 rows there are, tiles fill at some widths and not at others, and no straight line fits that. Taking in a
@@ -227,7 +228,7 @@ class RooflineCost:
                 raise UsageError(f"roofline: {name} must be above zero, found {getattr(self, name)}")
 
     def seconds(self, shapes: ShapeRows) -> Floats:
-        decodes, _, prefill_tokens, _, decode_bytes, prefill_bytes, pairs = shapes.T
+        decodes, _, prefill_tokens, _, decode_bytes, prefill_bytes, pairs, _ = shapes.T
         bandwidth, flops = self.bandwidth * self.efficiency, self.flops * self.efficiency
         rows = decodes + prefill_tokens
         linear = np.maximum(self.weights_bytes / bandwidth, 2 * self.num_parameters * rows / flops)

@@ -190,7 +190,10 @@ class Simulation:
         run = None if self.on_step is not None else self.scheduler.decode_run()
         if run is None:
             return False
-        rows = self._geometry.decode_rows(run.contexts(), run.num_steps)
+        tables = [self.manager.block_tables(s.request_id) for s in run.sequences]
+        rows = self._geometry.decode_rows(
+            run.contexts(), run.num_steps, repeated_bytes=self._geometry.repeated_bytes(tables)
+        )
         seconds = self.cost.seconds(rows)
         edges = np.cumsum(np.concatenate(([self._now_s], seconds)))  # adds in order, as step after step would
         num_steps = min(run.num_steps, int(np.searchsorted(edges[1:], until_s)) + 1)
