@@ -1,8 +1,9 @@
 """Time the engine's own steps under a mixture of loads, so that a simulator can predict them.
 
 Rounds of synthetic requests: each draws how many run at once, how long prompts and answers are, how much of
-the prompts is shared, and how many tokens a step may hold; every step's shape and time is kept. What is
-measured is what a load run does: the whole of `Engine.step`, and separately `Engine.add_request`.
+their prompts they share with how many others, and how many tokens a step may hold; every step's shape and
+time is kept. What is measured is what a load run does: the whole of `Engine.step`, and separately
+`Engine.add_request`.
 """
 
 from __future__ import annotations
@@ -24,10 +25,16 @@ from kvtune.types import SamplingParams, SchedulerOutput
 
 __all__ = ["Calibration", "StepTimer", "calibrate"]
 
-_ROUND_S: Final = 0.8
+_ROUND_S: Final = 0.4
 """Short, so that no kind of load falls into one spell of a machine whose speed drifts."""
 _WARM_UP_S: Final = 1.0
 _LONGEST_ANSWER: Final = 256
+_MEAN_ANSWER: Final = 64
+_NUM_HEADS: Final = 6
+_LARGEST_HEAD: Final = 0.95
+"""Share of a prompt that is head, at most."""
+_FILL: Final = 0.9
+"""Share of the cache that heads and running requests may take."""
 
 
 @dataclass(slots=True)
@@ -99,6 +106,7 @@ def calibrate(
 ) -> Calibration:
     """Measure for about `seconds`; `on_progress` gets the share done. The engine must be idle, its prefix
     cache is emptied. Nothing else should run on the machine meanwhile."""
+    engine.reset_prefix_cache()
     timer = StepTimer(engine, clock=clock)
     load = _Load(engine, timer, np.random.default_rng(seed))
     original = engine.scheduler_config
@@ -119,8 +127,24 @@ def calibrate(
     return timer.calibration
 
 
+@dataclass(frozen=True, slots=True)
+class _Mix:
+    """What one round sends: `concurrency` requests at once, prompts of `shortest` to `longest` tokens that
+    begin with one of `heads`."""
+
+    concurrency: int
+    heads: tuple[list[int], ...]
+    shortest: int
+    longest: int
+
+
 class _Load:
-    """Rounds of random requests at a random concurrency."""
+    """Rounds of random requests at a random concurrency.
+
+    A few long prompts stay in the cache from round to round and head the prompts of each: that gives decodes
+    over long contexts, their own or shared, and short prefills behind long cached prefixes, without the time
+    it would take to prefill them. The cache fills up and evicts as a server's does.
+    """
 
     def __init__(self, engine: Engine, timer: StepTimer, rng: np.random.Generator) -> None:
         self._engine = engine
@@ -128,37 +152,50 @@ class _Load:
         self._rng = rng
         self._config = engine.scheduler_config
         self._capacity = engine.arena_plan.capacity_tokens
+        self._longest = max(8, engine.max_model_len - _LONGEST_ANSWER)
+        self._heads = [self._tokens(self._longest) for _ in range(_NUM_HEADS)]
         self._ids = itertools.count()
 
     def round(self, clock: Callable[[], float], seconds: float) -> None:
-        engine, rng = self._engine, self._rng
-        engine.reset_prefix_cache()
-        budget = max(16, round(self._config.max_num_batched_tokens * 2.0 ** -rng.integers(0, 4)))
+        engine = self._engine
+        budget = max(16, round(self._config.max_num_batched_tokens * 2.0 ** -self._rng.integers(0, 4)))
         engine.configure(replace(self._config, max_num_batched_tokens=budget))
-        most = min(self._config.max_num_seqs, budget)
-        concurrency = self._log_uniform(1, most)
-        longest = max(8, min(engine.max_model_len - _LONGEST_ANSWER, self._capacity // (concurrency + 1)))
-        low = self._log_uniform(4, longest)
-        shared = self._tokens(int(longest * rng.uniform(0.0, 0.9)))  # long contexts without long prefills
+        mix = self._mix(min(self._config.max_num_seqs, budget))
         end = clock() + seconds
         live: set[str] = set()
         while clock() < end:
-            while len(live) < concurrency:
-                live.add(self._send(low, longest, shared))
+            while len(live) < mix.concurrency:
+                live.add(self._send(mix))
             self._timer.step()
             live = {request_id for request_id in live if engine.is_unfinished(request_id)}
         for request_id in live:
             engine.abort(request_id)
         engine.discard_outputs()
 
+    def _mix(self, most: int) -> _Mix:
+        """Prompts as long as fit: the heads once, and what each request has of its own."""
+        concurrency = self._log_uniform(1, most)
+        heads = self._rng.permutation(_NUM_HEADS)[: self._log_uniform(1, min(_NUM_HEADS, concurrency))]
+        share = self._rng.uniform(0.0, _LARGEST_HEAD)
+        room = _FILL * self._capacity - concurrency * _MEAN_ANSWER
+        fitting = int(room / (len(heads) * share + concurrency * (1.0 - share)))
+        longest = max(8, min(self._longest, fitting))
+        cut = int(share * longest)
+        return _Mix(
+            concurrency,
+            tuple(self._heads[i][:cut] for i in heads),
+            shortest=self._log_uniform(4, longest),
+            longest=longest,
+        )
+
     def _tokens(self, count: int) -> list[int]:
         return self._rng.integers(0, self._engine.loaded.vocab_size, count).tolist()
 
-    def _send(self, low: int, high: int, shared: list[int]) -> str:
+    def _send(self, mix: _Mix) -> str:
         request_id = f"calibrate/{next(self._ids)}"
-        length = self._log_uniform(low, high)
+        length = self._log_uniform(mix.shortest, mix.longest)
         answer = min(self._log_uniform(4, _LONGEST_ANSWER), self._engine.max_model_len - length)
-        head = shared[: length - 1]
+        head = mix.heads[self._rng.integers(len(mix.heads))][: length - 1]
         prompt = head + self._tokens(length - len(head))
         params = SamplingParams(max_tokens=answer, temperature=0.0, ignore_eos=True)
         self._timer.submit(request_id, prompt, params)
