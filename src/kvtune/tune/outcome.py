@@ -5,14 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kvtune._version import __version__
-from kvtune.adapters.emit import emit_recipe
-from kvtune.errors import UsageError
 from kvtune.quality import Estimate, Slo, SpeedRatios, Verdict, summarise
 from kvtune.recipe import DEFAULT_VOIDED_BY, Recipe, codec_constants_sha256, configuration_of
 from kvtune.target import Config, LoadReport, Target
@@ -23,7 +20,7 @@ from kvtune.tune.settings import TuneSettings
 from kvtune.tune.trial import Trial
 from kvtune.workload import TokenRequest
 
-__all__ = ["Outcome", "emitted", "is_better_confirmed"]
+__all__ = ["Outcome", "is_better_confirmed"]
 
 MIN_BYTES_SAVED = 0.005
 MIN_SPEED_GAIN = 0.03
@@ -301,12 +298,3 @@ class Outcome:
                 "source": "predicted", "read_back": record[side]["effective"].get("kv_bytes_per_token"),
             }  # fmt: skip
         return out
-
-
-def emitted(recipe: Recipe, path: Path) -> dict[str, Any]:
-    """What runs the recipe, as `kvtune emit` prints it; `refusal` says why nothing does."""
-    target = "vllm" if recipe.engine["name"] == "vllm" else "transformers"
-    try:
-        return {"target": target, "text": emit_recipe(recipe, path, target).text}
-    except UsageError as error:
-        return {"target": target, "refusal": str(error)}

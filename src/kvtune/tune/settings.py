@@ -10,6 +10,7 @@ from typing import Any
 from kvtune.config import parse_duration
 from kvtune.errors import UsageError
 from kvtune.quality import GateQuestions, Margin, ReplaySettings, Slo, margin_named
+from kvtune.recipe import Recipe
 
 __all__ = ["Progress", "ProgressEvent", "TuneResult", "TuneSettings", "parse_slo"]
 
@@ -56,6 +57,8 @@ class TuneSettings:
     """What the confirmation asks beyond the replay: probes, high-value requests, judged answers."""
     text: Callable[[Sequence[int]], str] | None = None
     """Token ids to what a user reads, for answers side by side; None shows token ids."""
+    emit: Callable[[Recipe, Path], Mapping[str, Any]] | None = None
+    """What runs the recipe at this path, for the record: {"target", "text"} or {"target", "refusal"}."""
 
     @property
     def limits(self) -> Margin:

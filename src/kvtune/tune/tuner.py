@@ -25,7 +25,7 @@ from kvtune.tune.ablation import Ablation
 from kvtune.tune.confirmation import Confirmation, Confirmed, candidate_s, reserve_s
 from kvtune.tune.evaluation import Evaluator, may_pass, plain
 from kvtune.tune.evidence import evidence_record
-from kvtune.tune.outcome import Outcome, emitted, is_better_confirmed
+from kvtune.tune.outcome import Outcome, is_better_confirmed
 from kvtune.tune.pace import Pace
 from kvtune.tune.settings import Progress, ProgressEvent, TuneResult, TuneSettings
 from kvtune.tune.space import SearchSpace
@@ -381,7 +381,7 @@ class _Run:
         record = outcome.record()
         recipe = outcome.recipe(record)
         recipe_path = recipe.save(self._folder / "recipe.json")
-        record["emitted"] = emitted(recipe, recipe_path)
+        record["emitted"] = None if self._settings.emit is None else self._settings.emit(recipe, recipe_path)
         self._write_trials()
         lines = [
             {"request_id": r.request_id, "prompt_token_ids": list(r.prompt_token_ids),
