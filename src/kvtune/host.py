@@ -28,6 +28,7 @@ class Host:
     available_memory_bytes: int | None
     gpus: tuple[str, ...]
     system: str
+    gpu_driver: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """What a recipe records: no figure that changes from minute to minute."""
@@ -40,6 +41,7 @@ def read_host() -> Host:
     """Read /proc and, if there is one, nvidia-smi (at most a few seconds)."""
     cpuinfo = _fields(Path("/proc/cpuinfo"))
     memory = _fields(Path("/proc/meminfo"))
+    gpus, driver = _nvidia_gpus()
     flags = set((cpuinfo.get("flags") or cpuinfo.get("Features") or "").split())
     return Host(
         cpu=cpuinfo.get("model name") or platform.processor() or platform.machine(),
@@ -47,8 +49,9 @@ def read_host() -> Host:
         num_cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         memory_bytes=_kibibytes(memory.get("MemTotal")),
         available_memory_bytes=_kibibytes(memory.get("MemAvailable")),
-        gpus=_nvidia_gpus(),
+        gpus=gpus,
         system=f"{platform.system()} {platform.machine()}",
+        gpu_driver=driver,
     )
 
 
@@ -71,15 +74,17 @@ def _kibibytes(text: str | None) -> int | None:
     return int(number) * 1024 if number.isdigit() else None
 
 
-def _nvidia_gpus() -> tuple[str, ...]:
-    """`name, memory` of each NVIDIA GPU."""
+def _nvidia_gpus() -> tuple[tuple[str, ...], str | None]:
+    """(`name, memory` of each NVIDIA GPU, the driver's version)."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return ()
-    query = [tool, "--query-gpu=name,memory.total", "--format=csv,noheader"]
+        return (), None
+    query = [tool, "--query-gpu=driver_version,name,memory.total", "--format=csv,noheader"]
     try:
         reply = subprocess.run(query, capture_output=True, text=True, timeout=10, check=False)  # noqa: S603
     except (OSError, subprocess.TimeoutExpired):
-        return ()
-    lines = reply.stdout.splitlines() if reply.returncode == 0 else []
-    return tuple(line.strip() for line in lines if line.strip())
+        return (), None
+    rows = [line.partition(", ") for line in reply.stdout.splitlines() if line.strip()]
+    if reply.returncode or not rows:
+        return (), None
+    return tuple(gpu.strip() for _, _, gpu in rows), rows[0][0].strip() or None

@@ -111,7 +111,8 @@ def test_a_kind_of_request_that_was_not_there_is_named() -> None:
 @pytest.mark.parametrize(
     ("text", "script"),
     [("hello", "latin"), ("Straße", "latin"), ("что это", "cyrillic"), ("这是什么", "han"),
-     ("これは何です", "kana"), ("ما هذا", "arabic"), ("이것은", "hangul"), ("123 !?", "none"), ("ok 这是什么意思", "han"),
+     ("これは何です", "kana"), ("ما هذا", "arabic"), ("이것은", "hangul"), ("123 !?", "none"),
+     ("ok 这是什么意思", "han"),
      ("\ud800", "none")],
 )  # fmt: skip
 def test_the_script_of_a_text(text: str, script: str) -> None:

@@ -33,14 +33,7 @@ from kvtune.adapters.vllm_running import RunningVLLM, effective_settings
 from kvtune.config import format_bytes
 from kvtune.errors import EngineUnavailableError, UsageError
 from kvtune.host import read_host
-from kvtune.model_folder import (
-    config_sha256,
-    files_sha256,
-    has_tokenizer,
-    read_config,
-    tokenizer_sha256,
-    weight_files,
-)
+from kvtune.model_folder import has_tokenizer, model_digests, read_config
 from kvtune.spec import ModelSpec, Paging, allocator_bytes, kv_format, text_config
 from kvtune.target import Config, Knob
 
@@ -157,9 +150,7 @@ class VLLMTarget:
             "model": {
                 "path": str(self.model_path),
                 "model_type": self.spec.model_type,
-                "config_sha256": config_sha256(self._config),
-                "tokenizer_sha256": tokenizer_sha256(self.model_path),
-                "weights_sha256": files_sha256(weight_files(self.model_path)),
+                **model_digests(self.model_path),
                 "dtype": offer.model_dtype,
                 "max_model_len": offer.max_model_len,
             },

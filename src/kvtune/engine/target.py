@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -11,20 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-import transformers
-
-from kvtune._version import __version__
 from kvtune.closing import Closing
 from kvtune.codecs import CODECS
 from kvtune.config import CacheConfig, EngineConfig, SchedulerConfig
 from kvtune.engine.engine import Engine
+from kvtune.engine.facts import engine_facts, hardware_facts
 from kvtune.engine.identity import kv_bytes_per_token, kv_side_bytes_per_token
 from kvtune.engine.load import LoadedModel, load_model, read_spec
 from kvtune.engine.moments import memory_moments
 from kvtune.engine.planes import reading_planes
 from kvtune.errors import KVTuneError, TargetError, UsageError
-from kvtune.host import read_host
+from kvtune.model_folder import model_digests
 from kvtune.recipe import configuration_of
 from kvtune.spec import codec_storage
 from kvtune.target import (
@@ -121,25 +116,13 @@ class EngineTarget:
             "model": {
                 "path": str(self.model_path),
                 "model_type": loaded.spec.model_type,
-                "weights_sha256": loaded.weights_sha256,
-                "config_sha256": loaded.config_sha256,
-                "tokenizer_sha256": loaded.tokenizer_sha256,
+                **model_digests(self.model_path, weights_sha256=loaded.weights_sha256),
                 "dtype": str(loaded.dtype).removeprefix("torch."),
                 "rope_regime": loaded.rope_regime,
                 "max_model_len": self.config.max_model_len or loaded.max_model_len,
             },
-            "engine": {
-                "name": self.name,
-                "version": __version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
-            "hardware": {
-                **read_host().to_dict(),
-                "logical_cores": os.cpu_count(),
-                "threads": self.config.num_threads or torch.get_num_threads(),
-            },
+            "engine": engine_facts(self.config),
+            "hardware": hardware_facts(self.config),
         }
 
     def kv_bytes_per_token(self, config: Config, *, context: int) -> float:
