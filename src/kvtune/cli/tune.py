@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +18,7 @@ from kvtune.config import MAX_SEED, EngineConfig, format_bytes, parse_bytes, par
 from kvtune.errors import UsageError
 
 if TYPE_CHECKING:
+    from kvtune.recipe import Recipe
     from kvtune.target import Target
     from kvtune.tune import ProgressEvent, TuneSettings
     from kvtune.workload import Materialised, Workload
@@ -27,6 +29,8 @@ DEFAULT_BUDGET, DEMO_BUDGET = "10m", "5m"
 DEMO_REQUESTS = 720
 DEMO_PROBE_MARGIN = 0.05
 """What the demo's five minutes can prove of right-or-wrong answers."""
+MAX_REJECTED = 50
+"""Rejected requests that a record names; it counts all."""
 VLLM_TOP = 128
 """Ids per token asked of a vLLM server: its answers travel as JSON text."""
 
@@ -113,6 +117,7 @@ def tune(
                          judge=judge),
         questions=gate_questions(requests, tokens, model_path, max_model_len=length, seed=seed,
                                  high_value=high_value, judge=judge),
+        text=_reader(model_path), emit=_emitted,
     )  # fmt: skip
     with _Progress(settings) as progress:
         try:
@@ -198,12 +203,52 @@ def materialised(
 
 
 def _facts(workload: Workload, tokens: Materialised) -> dict[str, Any]:
-    """What the recipe says about the traffic it was proven on."""
+    """What the recipe says about the traffic it was proven on. `prompts_sha256`: of the token ids as sent."""
+    digest = hashlib.sha256()
+    for request in tokens.requests:
+        digest.update(f"{request.max_tokens}:{request.prompt_token_ids}\n".encode())
     return {
         "path": None if workload.path is None else str(workload.path), "format": workload.format,
-        "sha256": workload.sha256, "scale": tokens.scale, "num_rejected": len(tokens.rejected),
-        "notes": [*workload.notes, *tokens.notes],
+        "sha256": workload.sha256, "prompts_sha256": digest.hexdigest(), "scale": tokens.scale,
+        "num_rejected": len(tokens.rejected), "notes": [*workload.notes, *tokens.notes],
+        "cases": _cases(workload, tokens),
+        "rejected": [
+            {"request_id": r.request_id, "reason": r.reason} for r in tokens.rejected[:MAX_REJECTED]
+        ],
     }  # fmt: skip
+
+
+def _cases(workload: Workload, tokens: Materialised) -> dict[str, dict[str, int]]:
+    """Requests asked and rejected by their tag `case`; untagged ones under "untagged"."""
+    rejected = {r.request_id for r in tokens.rejected}
+    cases: dict[str, dict[str, int]] = {}
+    for request in workload.requests:
+        counts = cases.setdefault(
+            request.tags.get("case", "untagged"), {"num_requests": 0, "num_rejected": 0}
+        )
+        counts["num_requests"] += 1
+        counts["num_rejected"] += request.request_id in rejected
+    return cases
+
+
+def _reader(model: Path) -> Callable[[Sequence[int]], str] | None:
+    """Token ids to text, special tokens left out; None without a tokenizer."""
+    from kvtune.adapters.prompt_encoder import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    if tokenizer is None:
+        return None
+    return lambda token_ids: str(tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+
+def _emitted(recipe: Recipe, path: Path) -> dict[str, Any]:
+    from kvtune.adapters.emit import emit_recipe
+
+    target = "vllm" if recipe.engine["name"] == "vllm" else "transformers"
+    try:
+        return {"target": target, "text": emit_recipe(recipe, path, target).text}
+    except UsageError as error:
+        return {"target": target, "refusal": str(error)}
 
 
 def _interrupted(folder: Path, command: str) -> str:
