@@ -204,6 +204,8 @@ def materialised(
 
 def _facts(workload: Workload, tokens: Materialised) -> dict[str, Any]:
     """What the recipe says about the traffic it was proven on. `prompts_sha256`: of the token ids as sent."""
+    from kvtune.workload import workload_profile
+
     digest = hashlib.sha256()
     for request in tokens.requests:
         digest.update(f"{request.max_tokens}:{request.prompt_token_ids}\n".encode())
@@ -211,6 +213,7 @@ def _facts(workload: Workload, tokens: Materialised) -> dict[str, Any]:
         "path": None if workload.path is None else str(workload.path), "format": workload.format,
         "sha256": workload.sha256, "prompts_sha256": digest.hexdigest(), "scale": tokens.scale,
         "num_rejected": len(tokens.rejected), "notes": [*workload.notes, *tokens.notes],
+        "block_size": workload.block_size, "profile": workload_profile(workload),
         "cases": _cases(workload, tokens),
         "rejected": [
             {"request_id": r.request_id, "reason": r.reason} for r in tokens.rejected[:MAX_REJECTED]

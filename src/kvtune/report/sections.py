@@ -470,10 +470,16 @@ def _facts_of(value: Any, name: str) -> Block:
     return Facts(tuple((path, cell(leaf, unit_of(path), test_id=f"{name}.{path}")) for path, leaf in items))
 
 
+_FOR_VERIFY = frozenset(("behaviour", "profile"))
+"""Members of the record that `kvtune verify` compares and nobody reads."""
+
+
 def _leaves(value: Any, path: str) -> Sequence[tuple[str, Any]]:
     if not isinstance(value, Mapping):
         return [(path, value)] if path else []
     found: list[tuple[str, Any]] = []
     for key, inner in as_mapping(value).items():
+        if key in _FOR_VERIFY:
+            continue
         found += _leaves(inner, f"{path}.{key}" if path else str(key))
     return found
