@@ -155,17 +155,21 @@ class VLLMTarget:
                 "max_model_len": offer.max_model_len,
             },
             "engine": {
-                "name": "vllm",
-                "version": offer.version,
-                "platform": offer.platform,
-                "attention_backend": offer.attention_backend,
-                "torch": offer.torch,
-                "transformers": offer.transformers,
+                **self.facts(),
                 "launcher": self.install.launcher(offer, str(self.model_path)),
                 "flags": self._fixed_flags(),
             },
             "hardware": read_host().to_dict(),
         }
+
+    def facts(self) -> Mapping[str, Any]:
+        """Versions and what vLLM chose for this model; nothing is started and no weight is read."""
+        offer = self.offer
+        return {
+            "name": "vllm", "version": offer.version, "platform": offer.platform,
+            "attention_backend": offer.attention_backend, "torch": offer.torch,
+            "transformers": offer.transformers, "dtype": offer.model_dtype,
+        }  # fmt: skip
 
     def kv_bytes_per_token(self, config: Config, *, context: int) -> float:
         """Allocator bytes per token of one sequence of `context` tokens, by vLLM's paging rules."""

@@ -19,6 +19,7 @@ from typer.exceptions import Abort, TyperException
 
 from kvtune._version import __version__
 from kvtune.errors import HostError, KVTuneError
+from kvtune.printable import one_line
 
 VERBS = {
     "plan": "size a model's KV cache exactly: bytes per token, capacity",
@@ -27,10 +28,13 @@ VERBS = {
     "tune": "find the smallest KV cache that passes the quality gate",
     "emit": "print the command or snippet that runs a recipe",
     "check": "judge a recipe on requests: exit 0 only on PASS",
+    "verify": "is what a recipe was proven on still here? exit 0 only if so",
     "bench": "measure latency and throughput of a server or a model",
     "doctor": "what is here, what is missing, the line that fixes it",
 }
 """Verb -> one line of help; the function of the same name lives in `kvtune.cli.<verb>`."""
+MAX_MESSAGE = 2000
+"""Characters of an error: what it quotes may be a megabyte."""
 
 
 def build_app(verbs: Sequence[str]) -> typer.Typer:
@@ -127,7 +131,7 @@ def _discard_output() -> None:
 
 
 def _fail(message: str, exit_code: int, *, as_json: bool) -> int:
-    line = " ".join(message.split())
+    line = one_line(message, MAX_MESSAGE)
     _print_problem(line.removeprefix("error: "), exit_code, as_json=as_json)
     print(f"kvtune: {line}", file=sys.stderr)
     return exit_code
