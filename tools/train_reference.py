@@ -232,13 +232,14 @@ def new_model(seed: int) -> LlamaForCausalLM:
 
 @torch.no_grad()
 def seed_induction(model: LlamaForCausalLM) -> None:
-    """Start with a rough circuit that copies, for training to refine: finding one by chance takes hours here.
+    """Start with rough circuits that copy, for training to refine: finding them by chance takes hours here.
 
-    The two heads of an induction circuit (Olsson et al. 2022, "In-context learning and induction heads"):
-    one in layer 0 attends to the token before, by the fast RoPE pairs, and writes what it saw beside the
-    token itself; one in layer 1 looks, by the slow pairs, for places whose token before is the present one,
-    and writes out what stands there. Embeddings start ten times larger than matrices, so that the residual
-    stream says which token it is, and carry a constant (element 0) for the first head to build on.
+    Each has the two heads of an induction circuit (Olsson et al. 2022, "In-context learning and induction
+    heads"). One in layer 0 attends one token back (for the other circuit two), by the fast RoPE pairs, and
+    writes what it saw beside the token itself; one in layer 1 looks, by the slow pairs, for places that
+    come after the present token (after the one before it: a value behind "key =" or "item,"), and writes
+    out what stands there. Embeddings start ten times larger than matrices, so that the residual stream says
+    which token it is, and carry a constant (element 0) for the first heads to build on.
     """
     width, half = model.config.hidden_size, HEAD_DIM // 2
     embedding = model.model.embed_tokens.weight
@@ -246,29 +247,36 @@ def seed_induction(model: LlamaForCausalLM) -> None:
     embedding[:, 0] = 1.2
     model.model.norm.weight.fill_(0.1)  # tied embeddings: logits stay as small as they were
     slow = [*range(18, half - 1), *range(half + 18, HEAD_DIM - 1)]
-    axes = torch.linalg.qr(torch.randn(width, 2 * len(slow) + HEAD_DIM)).Q.T  # orthonormal rows
+    axes = torch.linalg.qr(torch.randn(width, 3 * len(slow) + HEAD_DIM)).Q.T  # orthonormal rows
     axes[:, 0] = 0.0
-    token, before, content = axes.split([len(slow), len(slow), HEAD_DIM])
+    token, one_back, two_back, content = axes.split([len(slow)] * 3 + [HEAD_DIM])
     first, second = (layer.self_attn for layer in model.model.layers[:2])
     for layer in model.model.layers:  # what layers add starts small beside the embeddings
         layer.self_attn.o_proj.weight.mul_(0.5)
         layer.mlp.down_proj.weight.mul_(0.5)
 
     speeds = model.config.rope_parameters["rope_theta"] ** -(torch.arange(8) / half)
-    first.q_proj.weight[:HEAD_DIM] = 0.0
     first.k_proj.weight[:HEAD_DIM] = 0.0
-    first.q_proj.weight[:8, 0] = 2.4
-    first.k_proj.weight[:8, 0] = 2.4 * speeds.cos()  # one step ahead, so that the score peaks one back
-    first.k_proj.weight[half : half + 8, 0] = 2.4 * speeds.sin()
+    first.k_proj.weight[:8, 0] = 2.4
     first.v_proj.weight[: len(slow)] = token
-    first.o_proj.weight[:, : len(slow)] = 0.6 * before.T
+    for head, back in enumerate((one_back, two_back)):
+        rows = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
+        steps = head + 1  # the score peaks where the key stands this many tokens before
+        first.q_proj.weight[rows] = 0.0
+        first.q_proj.weight[rows][:8, 0] = 2.4 * (steps * speeds).cos()
+        first.q_proj.weight[rows][half : half + 8, 0] = -2.4 * (steps * speeds).sin()
+        first.o_proj.weight[:, rows][:, : len(slow)] = 0.6 * back.T
 
-    second.q_proj.weight[:HEAD_DIM] = 0.0
-    second.k_proj.weight[:HEAD_DIM] = 0.0
-    second.q_proj.weight[slow] = 1.5 * token
-    second.k_proj.weight[slow] = 1.5 * before
-    second.v_proj.weight[:HEAD_DIM] = content
-    second.o_proj.weight[:, :HEAD_DIM] = 0.6 * content.T
+    # queries of heads 0 and 2 have keys and values of their own: KV heads 0 and 1
+    for head, kv_head, asks, stands in ((0, 0, token, one_back), (2, 1, one_back, two_back)):
+        rows = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
+        kv_rows = slice(kv_head * HEAD_DIM, (kv_head + 1) * HEAD_DIM)
+        second.q_proj.weight[rows] = 0.0
+        second.k_proj.weight[kv_rows] = 0.0
+        second.q_proj.weight[rows][slow] = 1.5 * asks
+        second.k_proj.weight[kv_rows][slow] = 1.5 * stands
+        second.v_proj.weight[kv_rows] = content
+        second.o_proj.weight[:, rows] = 0.6 * content.T
 
 
 @torch.no_grad()
