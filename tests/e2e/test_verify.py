@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from proven import chats, proven_recipe
 
 from kvtune.cli.main import main
 from kvtune.recipe import Recipe
 from kvtune.testing.reference import reference_model_path
-
-from proven import chats, proven_recipe
 
 Verify = Callable[..., tuple[int, dict[str, Any]]]
 
