@@ -149,9 +149,28 @@ class CacheConfig(_Settings):
         "guarded", "which idle block leaves first: guarded | lru | fifo | gdsf | hazard"
     )
 
+    squeeze_planes: Mapping[int, tuple[int, int]] = field(
+        default_factory=dict[int, tuple[int, int]],
+        metadata={
+            "help": "layer index -> planes of (keys, values) that reads need under memory pressure, 2 or 1; "
+            "name only what was proven; empty: precision is never lowered"
+        },
+    )
+    plane_arena: str | int | None = _knob(
+        None, "host memory where dropped low planes rest; None: they come back by recompute", unit="bytes"
+    )
+
     def __post_init__(self) -> None:
         _check_range(self)
         parse_bytes(self.kv_budget)
+        if self.plane_arena is not None:
+            parse_bytes(self.plane_arena)
+        for layer, planes in self.squeeze_planes.items():
+            if len(planes) != 2 or not all(n in (1, 2) for n in planes):
+                raise UsageError(
+                    f"squeeze_planes must give 1 or 2 planes of keys and of values, found {planes!r} "
+                    f"for layer {layer}"
+                )
         if self.key_centring not in ("auto", "bias", "probe", "off"):
             raise UsageError(f"key_centring must be auto, bias, probe or off, found {self.key_centring!r}")
 
@@ -159,13 +178,23 @@ class CacheConfig(_Settings):
     def kv_budget_bytes(self) -> int:
         return parse_bytes(self.kv_budget)
 
+    @property
+    def plane_arena_bytes(self) -> int:
+        return 0 if self.plane_arena is None else parse_bytes(self.plane_arena)
+
     def codecs_of(self, layer: int) -> tuple[str, str]:
         """(k_codec, v_codec) of one layer."""
         return self.layer_codecs.get(layer, (self.k_codec, self.v_codec))
 
+    def droppable_sides(self, layer: int) -> tuple[str, ...]:
+        """Sides of one layer ("k", "v") that may lose their low plane while the engine runs."""
+        planes = self.squeeze_planes.get(layer, (2, 2))
+        return tuple(side for side, count in zip("kv", planes, strict=True) if count == 1)
+
     def to_dict(self) -> dict[str, Any]:
         out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         out["layer_codecs"] = {str(k): list(v) for k, v in sorted(self.layer_codecs.items())}
+        out["squeeze_planes"] = {str(k): list(v) for k, v in sorted(self.squeeze_planes.items())}
         return out
 
     @classmethod
@@ -179,6 +208,13 @@ class CacheConfig(_Settings):
                 }
             except (TypeError, ValueError, IndexError, KeyError) as error:
                 raise UsageError(f"layer_codecs must map a layer index to [k, v]: {error}") from error
+        if "squeeze_planes" in values:
+            try:
+                values["squeeze_planes"] = {
+                    int(k): (int(v[0]), int(v[1])) for k, v in dict(values["squeeze_planes"]).items()
+                }
+            except (TypeError, ValueError, IndexError, KeyError) as error:
+                raise UsageError(f"squeeze_planes must map a layer index to [k, v]: {error}") from error
         return cls(**values)
 
 
@@ -196,6 +232,10 @@ class SchedulerConfig(_Settings):
         1.0, "standard deviations kept above the expected peak", low=0.0, high=10.0, hot=True
     )
     reserved: float = _knob(0.02, "share of blocks only priority > 0 may use", low=0.0, high=0.9, hot=True)
+    restore_blocks_per_step: int = _knob(
+        64, "blocks whose low plane comes back in a step in which others run", unit="blocks", low=1,
+        high=1 << 20, hot=True,
+    )  # fmt: skip
     max_preemptions: int = _knob(
         3, "a request preempted this often is preempted last", low=0, high=1000, hot=True
     )

@@ -46,6 +46,36 @@ class MissCause(StrEnum):
     DISABLED = "disabled"
     PREEMPTED = "preempted"
     """Computed once, lost to preemption, computed again."""
+    LOWERED = "lowered"
+    """Cached once, but the low plane was dropped for want of memory and is gone: not at full precision."""
+
+
+class PlaneVerb(StrEnum):
+    """What happens to the low plane of a block."""
+
+    DROP = "drop"
+    """From its row in the device pool into the host arena."""
+    RESTORE = "restore"
+    """From the host arena into a row, bit for bit."""
+    DISCARD = "discard"
+    """Out of the host arena: its block is gone."""
+
+
+class PlaneCause(StrEnum):
+    """Why low planes move."""
+
+    BUDGET = "budget"
+    """The KV budget was lowered."""
+    GROWTH = "growth"
+    """A running request needed a block; the next resort was to preempt."""
+    ADMISSION = "admission"
+    """A waiting request needed room."""
+    HIT = "hit"
+    """A request hit the block and waits for its full precision."""
+    RELIEF = "relief"
+    """There is room again."""
+    FAULT = "fault"
+    """The host arena did not have what it was given."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,11 +113,30 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockCopy:
-    """Copy one block's bytes (copy-on-write) before this step's writes, in every layer of `group`."""
+    """Copy one block's bytes (copy-on-write) before this step's writes, in every layer of `group`.
+
+    `src_row`, `dst_row`: rows of their low planes where the pool assigns rows, else -1.
+    """
 
     group: int
     src: BlockId
     dst: BlockId
+    src_row: int = -1
+    dst_row: int = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlaneMove:
+    """Move the low plane of one block, in every layer and side of `group` that may be read without it.
+
+    `row` is where it lies or will lie in the device pool; -1 for a discard. `cause` None: the block is gone.
+    """
+
+    verb: PlaneVerb
+    group: int
+    block: BlockId
+    row: int = -1
+    cause: PlaneCause | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +146,7 @@ class ScheduledChunk:
     `block_tables[g][i]` is the block of group g that holds positions [i*B, (i+1)*B). Entries that
     left a group's window hold the null id -1 and are never read.
     `samples` says whether the last position's logits are needed (prefill finished, or decode).
+    `num_lowered_blocks`: blocks it reads without their low plane, over all groups; 0 is full precision.
     """
 
     request_id: RequestId
@@ -104,6 +154,7 @@ class ScheduledChunk:
     start: int
     block_tables: tuple[BlockTable, ...]
     samples: bool
+    num_lowered_blocks: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -123,13 +174,14 @@ class Admission:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerOutput:
     """Everything the runner needs for one step. Decisions are data: log, metrics and simulator
-    read the same record."""
+    read the same record. `plane_moves` run in their order, drops before `copies`, restores after them."""
 
     step: int
     chunks: tuple[ScheduledChunk, ...]
     copies: tuple[BlockCopy, ...] = ()
     admitted: tuple[Admission, ...] = ()
     preempted: tuple[RequestId, ...] = ()
+    plane_moves: tuple[PlaneMove, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -198,6 +250,8 @@ class RequestOutput:
     logprobs: Sequence[float] | None = None
     top_logprobs: Sequence[Mapping[int, float]] | None = None
     misses: Mapping[MissCause, int] = field(default_factory=dict)
+    num_lowered_tokens: int = 0
+    """Tokens computed while some block was read below nominal precision; 0 without a memory squeeze."""
 
     @property
     def is_finished(self) -> bool:

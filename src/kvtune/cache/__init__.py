@@ -5,6 +5,7 @@
 
 from kvtune.cache.arena_manager import cache_manager
 from kvtune.cache.manager import KVCacheManager
+from kvtune.cache.precision import Precision
 from kvtune.cache.records import Allocation, CacheStats, GroupUsage, PoolUsage, PrefixMatch
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "GroupUsage",
     "KVCacheManager",
     "PoolUsage",
+    "Precision",
     "PrefixMatch",
     "cache_manager",
 ]

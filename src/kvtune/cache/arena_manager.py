@@ -13,10 +13,12 @@ def cache_manager(plan: ArenaPlan, cache: CacheConfig, *, fingerprint: bytes) ->
     """The bookkeeping of these arenas' blocks; `fingerprint` is the root of every block hash."""
     return KVCacheManager(
         plan.groups,
-        plan.num_blocks,
+        plan.num_ids,
         block_size=plan.block_size,
         enable_prefix_caching=cache.enable_prefix_caching,
         policy=cache.eviction_policy,
         fingerprint=fingerprint,
         num_first_blocks=plan.num_first_blocks,
+        budgets=plan.budgets,
+        num_resting=plan.num_resting,
     )

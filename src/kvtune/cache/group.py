@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 from kvtune.cache.block_pool import NULL_BLOCK, BlockPool
 from kvtune.cache.eviction import PolicyFactory
+from kvtune.cache.plane_rows import PlaneRows
 from kvtune.cache.prefix_index import HashIndex
 from kvtune.cache.records import GroupUsage
-from kvtune.spec import KVGroup
+from kvtune.spec import KVGroup, PoolBudget
 from kvtune.types import BlockHash, BlockId
 
 __all__ = ["EVICTED_MEMORY", "GroupCache", "Table"]
@@ -31,13 +32,21 @@ class GroupCache:
         *,
         block_size: int,
         policy: PolicyFactory,
+        budget: PoolBudget | None = None,
+        num_resting: int = 0,
     ) -> None:
+        """`budget`: of the body, `num_blocks` blocks if None; `num_resting`: planes the host arena takes."""
         self.group = group
         self.block_size = block_size
         self.window = group.window
         self.promised = 0  # body blocks promised to running requests, written by the manager alone
+        planes = None
+        if budget is not None and budget.plane:
+            planes = PlaneRows(num_blocks, budget.num_whole, group=group.index, num_resting=num_resting)
         self.index = HashIndex(max_evicted=EVICTED_MEMORY * (num_blocks + num_first_blocks))
-        self.pool = BlockPool(num_blocks, num_first_blocks, policy=policy, index=self.index)
+        self.pool = BlockPool(
+            num_blocks, num_first_blocks, policy=policy, index=self.index, budget=budget, planes=planes
+        )
 
     def first_visible(self, position: int) -> int:
         """Index of the first block that a query at `position` can see."""
@@ -60,15 +69,15 @@ class GroupCache:
             return total
         return min(total, -(-(self.window - 1 + chunk - 1) // self.block_size) + 1)
 
-    def fits(self, num_tokens: int) -> bool:
-        """Whether an empty pool could hold the sequence, at worst one token a step."""
+    def fits(self, num_tokens: int, budget: PoolBudget | None = None) -> bool:
+        """Whether an empty pool, or one of that budget, could hold the sequence, at worst one token a step
+        and all planes dropped but that of the block being written."""
+        budget = budget or self.pool.budget
         blocks = self.peak_blocks(num_tokens, 1)
-        if not self.pool.has_first:
-            return blocks <= self.pool.size()
-        # Once a window has left block 0 behind, all visible blocks come from the body.
-        total = -(-num_tokens // self.block_size)
-        body = min(blocks, total - 1)
-        return body <= self.pool.size()
+        if self.pool.has_first:
+            # Once a window has left block 0 behind, all visible blocks come from the body.
+            blocks = min(blocks, -(-num_tokens // self.block_size) - 1)
+        return blocks * budget.block + min(blocks, 1) * budget.plane <= budget.total
 
     def longest_run(self, hashes: Sequence[BlockHash]) -> list[BlockId]:
         """Blocks of the leading run of resident hashes."""

@@ -9,7 +9,16 @@ from kvtune.cache.block_pool import NULL_BLOCK
 from kvtune.cache.group import GroupCache, Table
 from kvtune.types import BlockHash, BlockId
 
-__all__ = ["Holding", "Need", "has_room", "needed_blocks", "peak_needs", "released_by", "shared_block"]
+__all__ = [
+    "Holding",
+    "Need",
+    "is_enough",
+    "needed_blocks",
+    "peak_needs",
+    "released_by",
+    "shared_block",
+    "shortfalls",
+]
 
 Need = tuple[int, int]
 """New (body, first) blocks of one group."""
@@ -84,7 +93,7 @@ def released_by(group: GroupCache, tables: Iterable[Table[int]]) -> list[BlockId
     return [BlockId(b) for b, count in held.items() if count == group.pool.ref_count(BlockId(b))]
 
 
-def has_room(
+def shortfalls(
     groups: Sequence[GroupCache],
     needs: Sequence[Need],
     reserve: float,
@@ -92,23 +101,37 @@ def has_room(
     revived: Sequence[Sequence[BlockId]] | None = None,
     leaving: Sequence[Holding] = (),
     keep_promises: bool = False,
-) -> bool:
-    """Whether every pool can give what is needed and keep a share of `reserve` available.
+    restored: Sequence[int] | None = None,
+) -> list[Need]:
+    """What each pool lacks (body, first), in its budget's unit, to give what is needed and keep a share of
+    `reserve` available; all zero where there is room.
 
     `revived` are matched blocks per group: the idle ones among them stop being available.
     `leaving` would give their blocks back first. `keep_promises` counts blocks promised to others.
+    `restored[g]` resting planes get a row again.
     """
+    lacking: list[Need] = []
     for g, (group, need) in enumerate(zip(groups, needs, strict=True)):
         pool = group.pool
         idle = [b for b in revived[g] if b >= 0 and pool.is_idle(b)] if revived else []
         left = released_by(group, [h.tables[g] for h in leaving]) if leaving else []
+        short = [0, 0]
         for is_first in (False, True):
-            taken = need[is_first] + sum(pool.is_first(b) == is_first for b in idle)
+            taken = need[is_first] * pool.price(first=is_first)
+            taken += sum(pool.worth(b) for b in idle if pool.is_first(b) == is_first)
+            if restored is not None and not is_first:
+                taken += restored[g] * pool.budget.plane
             if not taken:
                 continue
             if keep_promises and not is_first:
-                taken += group.promised
-            room = pool.available(first=is_first) + sum(pool.is_first(b) == is_first for b in left)
-            if room - taken < int(reserve * pool.size(first=is_first)):
-                return False
-    return True
+                taken += group.promised * pool.price()
+            room = pool.room(first=is_first)
+            room += sum(pool.worth(b) for b in left if pool.is_first(b) == is_first)
+            kept = int(reserve * pool.size(first=is_first)) * pool.price(first=is_first)
+            short[is_first] = max(0, taken + kept - room)
+        lacking.append((short[0], short[1]))
+    return lacking
+
+
+def is_enough(lacking: Iterable[Need]) -> bool:
+    return not any(body or first for body, first in lacking)

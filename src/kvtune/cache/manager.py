@@ -24,11 +24,12 @@ from kvtune.cache.block_pool import NULL_BLOCK
 from kvtune.cache.eviction import PolicyFactory, policy_factory
 from kvtune.cache.group import GroupCache, Table
 from kvtune.cache.hashing import chain_hashes, root_hash, token_array
-from kvtune.cache.holding import Holding, has_room, needed_blocks, peak_needs, shared_block
+from kvtune.cache.holding import Holding, is_enough, needed_blocks, peak_needs, shared_block, shortfalls
 from kvtune.cache.matching import longest_match, miss_causes
+from kvtune.cache.precision import Precision
 from kvtune.cache.records import Allocation, CacheStats, GroupUsage, PrefixMatch
 from kvtune.errors import InvariantError, UsageError
-from kvtune.spec import KVGroup
+from kvtune.spec import KVGroup, PoolBudget
 from kvtune.types import BlockCopy, BlockHash, BlockId, BlockTable, MissCause, RequestId, TokenArray
 
 __all__ = ["KVCacheManager"]
@@ -56,20 +57,32 @@ class KVCacheManager:
         policy: str | PolicyFactory = "guarded",
         fingerprint: bytes = b"",
         num_first_blocks: Sequence[int] | None = None,
+        budgets: Sequence[PoolBudget] | None = None,
+        num_resting: Sequence[int] | None = None,
     ) -> None:
+        """`budgets`: what the bodies may spend; without it their `num_blocks`. `num_resting`: per group, the
+        low planes that may rest in the host arena."""
         firsts = list(num_first_blocks) if num_first_blocks is not None else [0] * len(groups)
         _check_sizes(groups, num_blocks, firsts, block_size)
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self._fingerprint = fingerprint
         self._groups = [
-            GroupCache(group, n, f, block_size=block_size, policy=policy_factory(policy))
-            for group, n, f in zip(groups, num_blocks, firsts, strict=True)
-        ]
+            GroupCache(
+                group, n, f, block_size=block_size, policy=policy_factory(policy), budget=budget,
+                num_resting=resting,
+            )
+            for group, n, f, budget, resting in zip(
+                groups, num_blocks, firsts, budgets or [None] * len(groups), num_resting or [0] * len(groups),
+                strict=True,
+            )
+        ]  # fmt: skip
         self._windowed = [g for g, group in enumerate(groups) if group.window is not None]
         self._holdings: dict[RequestId, Holding] = {}
         self._in_flight: dict[BlockHash, RequestId] = {}  # hash -> who is computing it for the first time
         self._stats = CacheStats()
+        self.precision = Precision(self._groups, self._holdings, self._in_flight)
+        """Which low planes are in the pools, and who reads below nominal precision."""
         self._no_blocks: tuple[tuple[BlockId, ...], ...] = ((),) * len(groups)
 
     # --- looking
@@ -134,9 +147,10 @@ class KVCacheManager:
         """The request that is computing this block for the first time, None when nobody is."""
         return self._in_flight.get(block_hash)
 
-    def fits(self, num_tokens: int) -> bool:
-        """Whether a sequence this long could ever be held by an empty cache."""
-        return all(group.fits(num_tokens) for group in self._groups)
+    def fits(self, num_tokens: int, budgets: Sequence[PoolBudget] | None = None) -> bool:
+        """Whether a sequence this long could ever be held by an empty cache (of other budgets)."""
+        pairs = zip(self._groups, budgets or [None] * len(self._groups), strict=True)
+        return all(group.fits(num_tokens, budget) for group, budget in pairs)
 
     # --- taking and giving back
 
@@ -150,6 +164,7 @@ class KVCacheManager:
         cache_salt: str = "",
         reserve: float = 0.0,
         gate_tokens: int | None = None,
+        lowered: bool = False,
     ) -> Allocation | None:
         """Make sure that positions below `num_tokens` have slots in every group.
 
@@ -158,6 +173,8 @@ class KVCacheManager:
         `reserve` is the share of each pool that must stay available afterwards. `gate_tokens` (first
         call) tests the room for that many tokens, blocks promised to others included, though only
         `num_tokens` are taken now: a chunked prefill is not admitted on its first chunk.
+        Matched blocks whose plane rests must have room to get it back, unless `lowered`: then the request
+        reads them as they are, and the gate counts on planes that can still be dropped.
         Returns None, and changes nothing, when there is no room.
         """
         holding = self._holdings.get(request_id)
@@ -167,7 +184,7 @@ class KVCacheManager:
             return self._extend(holding, num_tokens, reserve)
         if match is None:
             match = self._no_match(token_ids, cache_salt)
-        return self._admit(request_id, match, num_tokens, reserve, gate_tokens)
+        return self._admit(request_id, match, num_tokens, reserve, gate_tokens, lowered=lowered)
 
     def _no_match(self, token_ids: Tokens | None, cache_salt: str) -> PrefixMatch:
         root = root_hash(self._fingerprint, cache_salt)
@@ -183,17 +200,29 @@ class KVCacheManager:
         num_tokens: int,
         reserve: float,
         gate_tokens: int | None,
+        *,
+        lowered: bool,
     ) -> Allocation | None:
         self._refuse_stale(match)
         holding = Holding(
             [Table("i", b) for b in match.blocks], match.root, list(match.block_hashes), match.num_tokens
         )
-        needs = needed_blocks(self._groups, holding, num_tokens)
+        now = needs = needed_blocks(self._groups, holding, num_tokens)
         is_gated = gate_tokens is not None
         if gate_tokens is not None:
             peak, chunk = max(gate_tokens, num_tokens), num_tokens - match.num_tokens
             needs = peak_needs(self._groups, holding, needs, num_tokens=peak, chunk=chunk)
-        if not has_room(self._groups, needs, reserve, revived=match.blocks, keep_promises=is_gated):
+        if lowered:
+            has_room = is_enough(shortfalls(self._groups, now, reserve, revived=match.blocks))
+            has_room = has_room and (not is_gated or self.precision.would_fit(match, needs, now, reserve))
+        else:
+            has_room = is_enough(
+                shortfalls(
+                    self._groups, needs, reserve, revived=match.blocks, keep_promises=is_gated,
+                    restored=self.precision.resting_of(match.blocks),
+                )
+            )  # fmt: skip
+        if not has_room:
             return None
         holding.num_published = match.num_tokens // self.block_size
         for group, blocks in zip(self._groups, match.blocks, strict=True):
@@ -216,7 +245,7 @@ class KVCacheManager:
         needs = needed_blocks(self._groups, holding, num_tokens)
         if not any(body or first for body, first in needs):
             return _NO_COPIES
-        if not has_room(self._groups, needs, reserve):
+        if not is_enough(shortfalls(self._groups, needs, reserve)):
             return None
         copies = self._unshare(holding)
         self._grow(holding, num_tokens)
@@ -232,7 +261,8 @@ class KVCacheManager:
     ) -> bool:
         """Whether `allocate` would succeed for a running request once the others in `without` left."""
         needs = needed_blocks(self._groups, self._holding(request_id), num_tokens)
-        return has_room(self._groups, needs, reserve, leaving=[self._holding(r) for r in without])
+        leaving = [self._holding(r) for r in without]
+        return is_enough(shortfalls(self._groups, needs, reserve, leaving=leaving))
 
     def _unshare(self, holding: Holding) -> tuple[BlockCopy, ...]:
         """Copy-on-write: give the holding its own copy of a shared, partially computed block."""
@@ -243,9 +273,10 @@ class KVCacheManager:
             if shared is None:
                 continue
             copy = group.pool.allocate(first=group.pool.is_first(shared))
+            src_row, dst_row = group.pool.row(shared), group.pool.row(copy)
             group.pool.decref((shared,))
             table[index] = copy
-            copies.append(BlockCopy(group=g, src=shared, dst=copy))
+            copies.append(BlockCopy(group=g, src=shared, dst=copy, src_row=src_row, dst_row=dst_row))
         if copies:
             self._stats = replace(self._stats, copied_blocks=self._stats.copied_blocks + len(copies))
         return tuple(copies)
@@ -418,6 +449,7 @@ class KVCacheManager:
         pools = [group.pool for group in self._groups]
         return replace(
             self._stats,
+            **self.precision.counters(),
             published_blocks=sum(p.num_published for p in pools),
             evicted_blocks=sum(p.num_evicted for p in pools),
             duplicate_blocks=sum(p.num_duplicates for p in pools),

@@ -57,9 +57,11 @@ def miss_causes(
     # all blocks if every group slides, else those behind the leading run
     absent_from = found.boundary if all(g.window is not None for g in groups) else found.full_run
     absent = hashes[max(absent_from, found.boundary) :]
-    num_evicted = _num_seen_before(groups, absent)
+    others = _without_lost(groups, absent)
+    num_evicted = _num_seen_before(groups, others)
+    causes[MissCause.LOWERED] = len(absent) - len(others)
     causes[MissCause.EVICTED] = num_evicted
-    causes[MissCause.NEVER_SEEN] = len(absent) - num_evicted
+    causes[MissCause.NEVER_SEEN] = len(others) - num_evicted
     causes[MissCause.WINDOW] = len(hashes) - found.boundary - len(absent)
     if limit == found.boundary < len(hashes) and _is_everywhere(groups, hashes, limit, found):
         causes[MissCause.LAST_TOKEN] = 1
@@ -70,6 +72,13 @@ def miss_causes(
     if partial:
         tokens[MissCause.PARTIAL_BLOCK] = partial
     return tokens
+
+
+def _without_lost(groups: Sequence[GroupCache], hashes: Sequence[BlockHash]) -> Sequence[BlockHash]:
+    """Blocks but those that left some group's index with their low plane."""
+    for pool in (group.pool for group in groups if group.pool.planes is not None):
+        hashes = [h for h in hashes if not pool.was_lost(h)]
+    return hashes
 
 
 def _num_seen_before(groups: Sequence[GroupCache], hashes: Sequence[BlockHash]) -> int:

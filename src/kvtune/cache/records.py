@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from kvtune.types import BlockCopy, BlockHash, BlockId, MissCause, RequestId
+from kvtune.types import BlockCopy, BlockHash, BlockId, MissCause, PlaneCause, RequestId
 
 __all__ = ["Allocation", "CacheStats", "GroupUsage", "PoolUsage", "PrefixMatch"]
 
@@ -41,20 +41,24 @@ class Allocation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolUsage:
-    """Blocks of one pool by state: free (no content), idle (cached, unused), referenced."""
+    """Blocks of one pool by state: free (no content), idle (cached, unused), referenced.
+
+    `lowered` of the referenced and `lowered_idle` of the idle ones lack their low plane. A pool that trades
+    planes for blocks has more of them while planes are dropped: `free` and `available` count whole blocks
+    (with their plane) that the budget pays for at this moment.
+    """
 
     total: int
     free: int
     idle: int
+    available: int
+    """Blocks a new request could get: free, or idle and evictable."""
+    lowered: int = 0
+    lowered_idle: int = 0
 
     @property
     def referenced(self) -> int:
         return self.total - self.free - self.idle
-
-    @property
-    def available(self) -> int:
-        """Blocks a new request could get: free, or idle and evictable."""
-        return self.free + self.idle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,3 +98,14 @@ class CacheStats:
     duplicate_blocks: int = 0
     """Blocks computed twice at once; the first copy stayed, the second was given back."""
     copied_blocks: int = 0
+    dropped_planes: int = 0
+    """Low planes moved to the host arena."""
+    restored_planes: int = 0
+    lost_planes: int = 0
+    """Low planes given up because the host arena had no place (or lost them)."""
+    moved_planes: Mapping[PlaneCause, int] = field(default_factory=dict[PlaneCause, int])
+    """Planes dropped, restored and lost, by why."""
+    lowered_tokens: int = 0
+    """Tokens computed while some block they attend to was read below nominal precision."""
+    lowered_reads: int = 0
+    """Key tokens read below nominal precision, once per chunk that read them."""

@@ -16,14 +16,15 @@ import torch
 from transformers import PreTrainedModel
 
 from kvtune.closing import Closing
-from kvtune.config import CacheConfig, EngineConfig, SchedulerConfig
-from kvtune.engine.arenas import ArenaPlan, allocate_arenas, cache_manager, plan_arenas
+from kvtune.config import CacheConfig, EngineConfig, SchedulerConfig, format_bytes, parse_bytes
+from kvtune.engine.arenas import ArenaPlan, ElasticMemory, allocate_arenas, cache_manager, plan_arenas
 from kvtune.engine.attention import AttentionLayer
 from kvtune.engine.centring import centres_sha256, key_centres
 from kvtune.engine.detokenizer import TokenDecoder
 from kvtune.engine.identity import cache_fingerprint
 from kvtune.engine.inputs import check_items, prompt_token_ids
 from kvtune.engine.load import LoadedModel, load_model
+from kvtune.engine.plane_mover import PlaneMover
 from kvtune.engine.proof import check_readable, check_weights, warn_if_unproven
 from kvtune.engine.request_state import RequestState
 from kvtune.engine.runner import ModelRunner, last_rows
@@ -42,6 +43,7 @@ from kvtune.kernels import Backend, choose_backend
 from kvtune.recipe import Recipe
 from kvtune.sched import Scheduler
 from kvtune.target import ScoreItem, Scores
+from kvtune.tiers import HostArena, Tier
 from kvtune.types import (
     FinishReason,
     Request,
@@ -74,7 +76,9 @@ class Engine(Closing):
         scheduler: SchedulerConfig,
         config: EngineConfig,
         clock: Callable[[], float] = time.monotonic,
+        plane_tier: Tier | None = None,
     ) -> None:
+        """`plane_tier`: where dropped low planes rest; a host arena of `cache.plane_arena` bytes if None."""
         loaded.check_settings(config)
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
@@ -91,8 +95,14 @@ class Engine(Closing):
         centres = key_centres(loaded, cache, max_model_len=self.max_model_len)
         self.key_centres_sha256 = centres_sha256(centres)
         self.fingerprint = cache_fingerprint(loaded, cache, self.key_centres_sha256)
-        self._arenas = allocate_arenas(self._plan, cache, centres)
         self._manager = cache_manager(self._plan, cache, fingerprint=self.fingerprint)
+        self._memory = ElasticMemory()
+        self._arenas = allocate_arenas(
+            self._plan, cache, centres, precision=self._manager.precision, memory=self._memory
+        )
+        tier = HostArena(cache.plane_arena_bytes) if plane_tier is None else plane_tier
+        self._planes = PlaneMover(self._plan.groups, self._arenas, cache, tier)
+        self._kv_budget_bytes = cache.kv_budget_bytes
         self._scheduler = Scheduler(
             self._manager, scheduler, max_model_len=self.max_model_len, eos_token_ids=loaded.eos_token_ids,
             clock=clock,
@@ -302,7 +312,7 @@ class Engine(Closing):
     # --- telling and ending
 
     def stats(self) -> EngineStats:
-        return engine_stats(self._manager, self._scheduler, self._plan, self._arenas)
+        return engine_stats(self._manager, self._scheduler, self._plan, self._arenas, self._planes.traffic())
 
     def effective(self, *, context: int) -> dict[str, Any]:
         """Settings read back from the live parts, by knob name, and what they cost.
@@ -322,12 +332,44 @@ class Engine(Closing):
 
     def memory(self) -> MemoryReport:
         """KV bytes from storage, from the block tables of live requests, and as spec predicts them."""
-        return memory_report(self._manager, self._plan, self._arenas)
+        return memory_report(
+            self._manager, self._plan, self._arenas, self._planes.traffic(), self._kv_budget_bytes
+        )
 
     def configure(self, scheduler: SchedulerConfig) -> None:
         """Change the scheduler's settings between steps; all of them are hot."""
         self._scheduler.configure(scheduler)
         self._scheduler_config = scheduler
+
+    @property
+    def kv_budget_bytes(self) -> int:
+        """The KV budget in force."""
+        return self._kv_budget_bytes
+
+    def set_kv_budget(self, kv_budget: str | int) -> None:
+        """Another KV budget from now on, between steps; at most the one the engine was started with.
+
+        What it no longer pays for is given up at once: low planes of cached prefixes and cached prefixes,
+        then, where `squeeze_planes` allows, low planes of running requests, then running requests, which are
+        recomputed. Planes come back step by step once there is room again. UsageError, and nothing changed,
+        where a live request could not be served to its end under that budget.
+        """
+        self._check_open()
+        size = parse_bytes(kv_budget)
+        most = self.cache_config.kv_budget_bytes
+        if size > most:
+            raise UsageError(
+                f"KV budget {format_bytes(size)} is above the {format_bytes(most)} this engine was started "
+                "with; start it with more"
+            )
+        budgets = self._plan.budgets_for(
+            size, max_model_len=self.max_model_len, chunk=self._scheduler_config.max_num_batched_tokens
+        )
+        output = self._scheduler.set_budgets(budgets)
+        self._move_planes(output)
+        self._kv_budget_bytes = size
+        for group in self._plan.groups:
+            self._memory.give_back(group.index, *self._manager.precision.free_places(group.index))
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes; running requests go on."""
@@ -341,6 +383,7 @@ class Engine(Closing):
             self._drop(request_id)
         self._undelivered.clear()
         self._runner.close()
+        self._planes.close()
         self._arenas.clear()
         self._is_closed = True
 
@@ -354,10 +397,11 @@ class Engine(Closing):
     def _advance(self) -> list[tuple[RequestState, Sequence[int], str]]:
         """One scheduler step; (state, new token ids, new text) of each request that moved."""
         self._check_open()
-        if not self._states:
+        if not self._states and not self._manager.precision.has_resting:
             return []
         output = self._scheduler.schedule()
         try:
+            self._move_planes(output)
             self._runner.copy_blocks(output.copies)
             sampled = self._run(output)
         except BaseException:
@@ -377,6 +421,11 @@ class Engine(Closing):
         if self.on_step is not None and output.chunks:
             self.on_step(output)
         return moved
+
+    def _move_planes(self, output: SchedulerOutput) -> None:
+        """Before anything is copied or written: rows that are given up now are used again in this step."""
+        if output.plane_moves:
+            self._manager.precision.lose(self._planes.perform(output.plane_moves))
 
     def _run(self, output: SchedulerOutput) -> dict[RequestId, Sampled]:
         if not output.chunks:

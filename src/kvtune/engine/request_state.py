@@ -64,4 +64,5 @@ class RequestState:
             logprobs=tuple(self._logprobs) if wants_logprobs else None,
             top_logprobs=tuple(self._top_logprobs) if wants_logprobs else None,
             misses=sequence.misses,
+            num_lowered_tokens=sequence.num_lowered_tokens,
         )

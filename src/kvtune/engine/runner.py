@@ -21,9 +21,12 @@ from kvtune.kernels import AttentionBatch, Backend, LayerCache, copy_blocks
 from kvtune.spec import KVGroup
 from kvtune.types import BlockCopy, ScheduledChunk
 
-__all__ = ["ModelRunner", "PackedStep", "last_rows", "pack_step"]
+__all__ = ["ModelRunner", "PackedStep", "last_rows", "pack_step", "row_multiple"]
 
 IntArray = npt.NDArray[np.int64]
+_EXACT_ROWS = 32
+_COMPILED = (torch.bfloat16, torch.float16)
+"""Dtypes whose matrix products oneDNN compiles on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,16 @@ def pack_step(
     )  # fmt: skip
 
 
+def row_multiple(num_tokens: int) -> int:
+    """What the rows of a step in 16 bit are rounded up to: 1 up to 32 rows, then eight counts per doubling.
+
+    oneDNN compiles a kernel for each number of rows that meets each shape of weights, and keeps 1,024.
+    Prefills have hundreds of row counts: kernels were compiled again and again (for steps of 100 to 400
+    rows, more than half of the time of their products) and held 0.9 GB.
+    """
+    return 1 if num_tokens <= _EXACT_ROWS else 1 << ((num_tokens - 1).bit_length() - 4)
+
+
 def last_rows(chunks: Sequence[ScheduledChunk]) -> IntArray:
     """Row of the last token of each chunk that samples, in chunk order."""
     ends = np.cumsum([len(chunk.token_ids) for chunk in chunks], dtype=np.int64) - 1
@@ -112,6 +125,7 @@ class ModelRunner:
         self._block_size = block_size
         self._backend = backend
         self._pad_rows = pad_rows
+        self._has_kernel_per_shape = model.device.type == "cpu" and model.dtype in _COMPILED
         self._layers = {
             layer: AttentionLayer(layer, group.index, caches[layer], group.window)
             for group in groups
@@ -131,12 +145,12 @@ class ModelRunner:
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
         """Copy whole blocks, in every layer of each copy's group."""
         for group in self._groups:
-            pairs = [(copy.src, copy.dst) for copy in copies if copy.group == group.index]
-            if not pairs:
+            places = [(c.src, c.dst, c.src_row, c.dst_row) for c in copies if c.group == group.index]
+            if not places:
                 continue
-            src, dst = (torch.tensor(ids, dtype=torch.int64) for ids in zip(*pairs, strict=True))
+            src, dst, *rows = (torch.tensor(ids, dtype=torch.int64) for ids in zip(*places, strict=True))
             for layer in group.layers:
-                copy_blocks(self._caches[layer], src, dst)
+                copy_blocks(self._caches[layer], src, dst, rows=(rows[0], rows[1]))
 
     def forward(self, chunks: Sequence[ScheduledChunk], rows: IntArray) -> torch.Tensor:
         """Run one step; return the model's logits [len(rows), V] of the given rows of the packed step.
@@ -145,7 +159,7 @@ class ModelRunner:
         and logit scales of a family stay the model's.
         """
         packed = pack_step(
-            chunks, num_groups=len(self._groups), block_size=self._block_size, pad_rows=self._pad_rows
+            chunks, num_groups=len(self._groups), block_size=self._block_size, pad_rows=self._multiple(chunks)
         )
         step = AttentionStep(self._batches(packed), self._layers, self._backend)
         keep = rows
@@ -155,6 +169,11 @@ class ModelRunner:
             logits = self._run_model(packed, step, keep)
         self._check_calls(step)
         return logits[: len(rows)]
+
+    def _multiple(self, chunks: Sequence[ScheduledChunk]) -> int:
+        if self._pad_rows or not self._has_kernel_per_shape:
+            return self._pad_rows
+        return row_multiple(sum(len(chunk.token_ids) for chunk in chunks))
 
     def _run_model(self, packed: PackedStep, step: AttentionStep, keep: IntArray) -> torch.Tensor:
         arguments: dict[str, Any] = {

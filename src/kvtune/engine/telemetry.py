@@ -12,6 +12,7 @@ from kvtune.config import CacheConfig, SchedulerConfig
 from kvtune.engine.arenas import ArenaPlan
 from kvtune.engine.identity import READ_CONTRACT, kv_bytes_per_token
 from kvtune.engine.load import LoadedModel
+from kvtune.engine.plane_mover import PlaneTraffic
 from kvtune.kernels import Backend, LayerCache
 from kvtune.sched import Scheduler, SchedulerStats
 from kvtune.spec import KVGroup
@@ -34,6 +35,7 @@ class EngineStats:
     cache: CacheStats
     scheduler: SchedulerStats
     resident_bytes: Mapping[str, int]
+    planes: PlaneTraffic
 
     def counters(self) -> dict[str, float]:
         """Flat name -> number, for load reports and logs."""
@@ -53,14 +55,24 @@ class EngineStats:
             "copied_blocks": self.cache.copied_blocks,
             "preemptions": self.scheduler.preemptions,
             "recomputed_tokens": self.scheduler.recomputed_tokens,
+            "blocks_lowered": sum(usage.body.lowered + usage.body.lowered_idle for usage in self.blocks),
+            "dropped_planes": self.cache.dropped_planes,
+            "restored_planes": self.cache.restored_planes,
+            "lost_planes": self.cache.lost_planes,
+            "lowered_tokens": self.cache.lowered_tokens,
+            "lowered_reads": self.cache.lowered_reads,
+            "plane_bytes_dropped": self.planes.bytes_dropped,
+            "plane_bytes_restored": self.planes.bytes_restored,
+            "plane_arena_used_bytes": self.planes.resting_bytes,
         }
+        flat |= {f"moved_planes_{cause}": count for cause, count in self.cache.moved_planes.items()}
         flat |= {f"missed_tokens_{cause}": count for cause, count in self.cache.misses.items()}
         flat |= {f"resident_bytes_{name}": size for name, size in self.resident_bytes.items()}
         return flat
 
 
 def engine_stats(
-    manager: KVCacheManager, scheduler: Scheduler, plan: ArenaPlan, arenas: Arenas
+    manager: KVCacheManager, scheduler: Scheduler, plan: ArenaPlan, arenas: Arenas, planes: PlaneTraffic
 ) -> EngineStats:
     usage = manager.usage()
     return EngineStats(
@@ -68,6 +80,7 @@ def engine_stats(
         cache=manager.stats(),
         scheduler=scheduler.stats(),
         resident_bytes=_resident_bytes_by_codec(plan, arenas, usage),
+        planes=planes,
     )
 
 
@@ -79,6 +92,9 @@ class MemoryReport:
     times the pools' sizes. `referenced_bytes`: rows of the arenas that the block tables of live requests
     name, each once; `predicted_referenced_bytes`: spec's block bytes times referenced blocks.
     `idle_bytes`: cached blocks nobody uses now. resident = referenced + idle.
+    `budget_bytes`: the KV budget in force, which resident bytes keep. Where low planes trade for blocks the
+    arenas are address space (`reserved_bytes`), backed as it is written: then `allocated_bytes` is the part
+    the budget lets them fill. `arena_used_bytes` of `arena_bytes`: low planes at rest in host memory.
     """
 
     allocated_bytes: int
@@ -86,34 +102,45 @@ class MemoryReport:
     referenced_bytes: int
     predicted_referenced_bytes: int
     idle_bytes: int
+    budget_bytes: int
+    reserved_bytes: int
+    arena_used_bytes: int = 0
+    arena_bytes: int = 0
 
     @property
     def resident_bytes(self) -> int:
         return self.referenced_bytes + self.idle_bytes
 
 
-def memory_report(manager: KVCacheManager, plan: ArenaPlan, arenas: Arenas) -> MemoryReport:
+def memory_report(
+    manager: KVCacheManager, plan: ArenaPlan, arenas: Arenas, planes: PlaneTraffic, budget_bytes: int
+) -> MemoryReport:
     usage = manager.usage()
     referenced, predicted, idle = 0, 0, 0
     for group, blocks in zip(plan.groups, _live_blocks(manager, len(plan.groups)), strict=True):
-        used = usage[group.index]
+        used, plane = usage[group.index], plan.plane_bytes[group.index]
         body, first = plan.block_bytes[group.index], plan.first_block_bytes[group.index]
         referenced += _stored_bytes(group, arenas, blocks)
-        predicted += used.body.referenced * body + used.first.referenced * first
-        idle += used.body.idle * body + used.first.idle * first
+        predicted += used.body.referenced * body + used.first.referenced * first - used.body.lowered * plane
+        idle += used.body.idle * body + used.first.idle * first - used.body.lowered_idle * plane
+    reserved = sum(
+        storage.untyped_storage().nbytes()
+        for cache in arenas.values()
+        for storage in (
+            *(arena for arena, _, _ in cache.parts()),
+            *(low.arena for low in cache.low_planes.values()),
+        )
+    )
     return MemoryReport(
-        allocated_bytes=sum(
-            storage.untyped_storage().nbytes()
-            for cache in arenas.values()
-            for storage in (
-                *(arena for arena, _, _ in cache.parts()),
-                *(low.arena for low in cache.low_planes.values()),
-            )
-        ),
+        allocated_bytes=plan.total_bytes if manager.precision.can_lower else reserved,
         predicted_allocated_bytes=plan.total_bytes,
         referenced_bytes=referenced,
         predicted_referenced_bytes=predicted,
         idle_bytes=idle,
+        budget_bytes=budget_bytes,
+        reserved_bytes=reserved,
+        arena_used_bytes=planes.resting_bytes,
+        arena_bytes=planes.arena_bytes,
     )
 
 
@@ -156,14 +183,13 @@ def cache_settings(plan: ArenaPlan, arenas: Arenas, manager: KVCacheManager) -> 
     """Settings as arenas and manager have them; where layers differ, a codec is "mixed" and `layer_codecs`
     tells each layer's."""
     layouts = [cache.layout for cache in arenas.values()]
-    heads = [arenas[group.layers[0]] for group in plan.groups]  # layers of a group have equally many blocks
     by_layer = {str(layer): [c.layout.k_codec, c.layout.v_codec] for layer, c in sorted(arenas.items())}
     is_mixed = len({tuple(pair) for pair in by_layer.values()}) > 1
     return {
         **({"layer_codecs": by_layer} if is_mixed else {}),
         "k_codec": _one_or_mixed({layout.k_codec for layout in layouts}),
         "v_codec": _one_or_mixed({layout.v_codec for layout in layouts}),
-        "num_blocks": sum(cache.num_blocks + cache.num_first_blocks for cache in heads),
+        "num_blocks": sum(usage.total for usage in manager.usage()),
         "kv_capacity_tokens": plan.capacity_tokens,
         "block_size": manager.block_size,
         "enable_prefix_caching": manager.enable_prefix_caching,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,19 @@ from kvtune.errors import UsageError
 from kvtune.kernels.planes import LowPlanes
 from kvtune.spec import PackedLayout
 
-__all__ = ["AttentionBatch", "LayerCache"]
+__all__ = ["AssignedRows", "AttentionBatch", "LayerCache"]
+
+
+@dataclass(frozen=True)
+class AssignedRows:
+    """Rows of low planes that someone else gives out: `row_of` int32 [N], in 0..num_rows-1 or -1."""
+
+    row_of: torch.Tensor
+    num_rows: int
+
+
+def _zeros(count: int, row_bytes: int) -> torch.Tensor:
+    return torch.zeros(count, row_bytes, dtype=torch.uint8)
 
 
 @dataclass
@@ -66,15 +79,26 @@ class LayerCache:
         first_layout: PackedLayout | None = None,
         num_first_blocks: int = 0,
         k_centre: torch.Tensor | None = None,
+        rows: Mapping[str, AssignedRows] | None = None,
+        reserve: Callable[[int, int], torch.Tensor] | None = None,
     ) -> LayerCache:
-        """Zero-filled arenas on the CPU (64-byte aligned by torch's allocator), low planes for all blocks."""
-        arena = torch.zeros(num_blocks, layout.arena_bytes, dtype=torch.uint8)
+        """Zero-filled arenas on the CPU, at least 64-byte aligned, low planes for all blocks.
+
+        `rows`: sides ("k", "v") whose low planes have fewer rows, given out by someone else. `reserve(count,
+        row_bytes)`: where the memory of blocks and of these rows comes from; torch's allocator if None.
+        """
+        rows, reserve = rows or {}, reserve or _zeros
+        arena = reserve(num_blocks, layout.arena_bytes)
         first = None
         if first_layout is not None:
             first = torch.zeros(num_first_blocks, first_layout.arena_bytes, dtype=torch.uint8)
-        k_low = LowPlanes(num_blocks, layout.k_low_bytes) if layout.k_low_bytes else None
-        v_low = LowPlanes(num_blocks, layout.v_low_bytes) if layout.v_low_bytes else None
-        return cls(arena, layout, first, first_layout, k_centre, k_low, v_low)
+        low: dict[str, LowPlanes] = {}
+        for side, size in (("k", layout.k_low_bytes), ("v", layout.v_low_bytes)):
+            if side in rows:
+                low[side] = LowPlanes.assigned(rows[side].row_of, reserve(rows[side].num_rows, size))
+            elif size:
+                low[side] = LowPlanes(num_blocks, size)
+        return cls(arena, layout, first, first_layout, k_centre, low.get("k"), low.get("v"))
 
     @property
     def num_blocks(self) -> int:

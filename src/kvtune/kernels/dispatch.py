@@ -12,6 +12,7 @@ from kvtune.kernels import reference, torch_path
 from kvtune.kernels.batch import AttentionBatch, LayerCache
 from kvtune.kernels.native import MAX_HEAD_DIM, NativeLibrary, library_path
 from kvtune.kernels.packing import store_codes
+from kvtune.kernels.planes import LowPlanes
 from kvtune.kernels.quantise import encode_values
 from kvtune.kernels.reference import Masking
 
@@ -149,8 +150,18 @@ def gather_kv(
     return reference.gather_tokens(cache, block_ids, num_tokens, dtype)
 
 
-def copy_blocks(cache: LayerCache, src: list[int] | torch.Tensor, dst: list[int] | torch.Tensor) -> None:
-    """Copy whole blocks src[i] -> dst[i] (copy-on-write). Both ends lie in the same arena."""
+def copy_blocks(
+    cache: LayerCache,
+    src: list[int] | torch.Tensor,
+    dst: list[int] | torch.Tensor,
+    *,
+    rows: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> None:
+    """Copy whole blocks src[i] -> dst[i] (copy-on-write). Both ends lie in the same arena.
+
+    `rows`: source and target rows of their low planes, where the block pool gives them out; -1 for blocks
+    that have none (first blocks).
+    """
     sources, targets = torch.as_tensor(src, dtype=torch.long), torch.as_tensor(dst, dtype=torch.long)
     if sources.shape != targets.shape:
         raise UsageError(
@@ -159,13 +170,25 @@ def copy_blocks(cache: LayerCache, src: list[int] | torch.Tensor, dst: list[int]
     copied = 0
     for arena, _, base in cache.parts():
         stop = base + arena.shape[0]
-        rows = (sources >= base) & (sources < stop) & (targets >= base) & (targets < stop)
-        arena[targets[rows] - base] = arena[sources[rows] - base]
+        inside = (sources >= base) & (sources < stop) & (targets >= base) & (targets < stop)
+        arena[targets[inside] - base] = arena[sources[inside] - base]
         for low in cache.low_planes.values() if base == 0 else ():
-            low.copy(sources[rows], targets[rows])
-        copied += int(rows.sum())
+            _copy_planes(low, sources[inside], targets[inside], rows)
+        copied += int(inside.sum())
     if copied != len(sources):
         raise UsageError("copy_blocks: a block id is out of range, or a pair spans the body and first arenas")
+
+
+def _copy_planes(
+    low: LowPlanes, src: torch.Tensor, dst: torch.Tensor, rows: tuple[torch.Tensor, torch.Tensor] | None
+) -> None:
+    if not low.is_assigned:
+        low.copy(src, dst)
+    elif rows is None:
+        raise UsageError("these blocks' low planes lie in rows of the block pool's; name the rows")
+    else:
+        has_row = (rows[0] >= 0) & (rows[1] >= 0)
+        low.write_rows(rows[1][has_row], low.read_rows(rows[0][has_row]))
 
 
 def _fits_native(cache: LayerCache) -> bool:

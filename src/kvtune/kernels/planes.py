@@ -24,6 +24,9 @@ class LowPlanes:
     `arena` uint8 [R, plane_bytes]; `row_of` int32 [N]: block id -> its row, -1 where the plane was dropped.
     A token written to a block without a row keeps its high plane alone. Verbs check everything first:
     UsageError leaves all as it was. Not thread-safe.
+
+    Rows are given out here, or, with `assigned`, by whoever owns `row_of` (a block pool, for all layers at
+    once): then only the bytes of rows move here, and verbs that would give out rows refuse.
     """
 
     def __init__(self, num_blocks: int, plane_bytes: int) -> None:
@@ -31,6 +34,14 @@ class LowPlanes:
         self.arena = torch.zeros(num_blocks, plane_bytes, dtype=torch.uint8)
         self.row_of = torch.arange(num_blocks, dtype=torch.int32)
         self._free: list[int] = []
+        self.is_assigned = False
+
+    @classmethod
+    def assigned(cls, row_of: torch.Tensor, arena: torch.Tensor) -> LowPlanes:
+        """Planes whose rows someone else gives out: `row_of` int32 [N] is read, never written."""
+        low = cls(0, arena.shape[1])
+        low.arena, low.row_of, low.is_assigned = arena, row_of, True
+        return low
 
     @property
     def num_blocks(self) -> int:
@@ -58,6 +69,14 @@ class LowPlanes:
         """Bool [m]: which blocks have their low plane."""
         return self.row_of[self._ids(block_ids)] >= 0
 
+    def read_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Copies of rows [m], uint8 [m, plane_bytes]."""
+        return self.arena[rows]
+
+    def write_rows(self, rows: torch.Tensor, planes: torch.Tensor) -> None:
+        """Fill rows [m] with planes, uint8 [m, plane_bytes]."""
+        self.arena[rows] = planes
+
     def read(self, block_ids: BlockIds) -> torch.Tensor:
         """Copies of the planes, uint8 [m, plane_bytes]. UsageError if one was dropped."""
         return self.arena[self._rows(block_ids)]
@@ -71,6 +90,7 @@ class LowPlanes:
 
     def discard(self, block_ids: BlockIds) -> None:
         """Give up rows without keeping their bytes. Blocks that have none are passed over."""
+        self._refuse_assigned()
         ids = self._ids(block_ids)
         rows = self.row_of[ids]
         self._free.extend(rows[rows >= 0].tolist())
@@ -81,6 +101,7 @@ class LowPlanes:
 
         The row holds anything. UsageError if there are not enough free rows.
         """
+        self._refuse_assigned()
         ids = self._ids(block_ids)
         missing = ids[self.row_of[ids] < 0]
         if len(missing) > len(self._free):
@@ -109,6 +130,7 @@ class LowPlanes:
 
         Two arenas exist while rows are copied. UsageError if more rows are in use.
         """
+        self._refuse_assigned()
         used = self.num_rows - self.num_free
         if num_rows < used:
             raise UsageError(f"{used} low planes are in use, {num_rows} rows cannot hold them; drop some")
@@ -121,6 +143,7 @@ class LowPlanes:
 
     def copy(self, src: torch.Tensor, dst: torch.Tensor) -> None:
         """dst[i] becomes what src[i] is: with its plane, or without where src lost it or no row is free."""
+        self._refuse_assigned()
         has_plane = self.row_of[src] >= 0
         self.discard(dst[~has_plane])
         for source, target in zip(src[has_plane].tolist(), dst[has_plane].tolist(), strict=True):
@@ -128,6 +151,10 @@ class LowPlanes:
                 self.row_of[target] = self._free.pop()
             if self.row_of[target] >= 0:
                 self.arena[int(self.row_of[target])] = self.arena[int(self.row_of[source])]
+
+    def _refuse_assigned(self) -> None:
+        if self.is_assigned:
+            raise UsageError("the block pool gives out these rows; drop and restore planes through it")
 
     def _ids(self, block_ids: BlockIds) -> torch.Tensor:
         ids = torch.as_tensor(block_ids, dtype=torch.long)

@@ -8,13 +8,21 @@ from kvtune.cache import KVCacheManager
 from kvtune.config import SchedulerConfig
 from kvtune.errors import UsageError
 from kvtune.sched.sequence import Sequence
+from kvtune.spec import PoolBudget
 from kvtune.types import MissCause, Request
 
-__all__ = ["admission_reserve", "growth_reserve", "recompute_misses", "refuse_unservable"]
+__all__ = [
+    "admission_reserve",
+    "growth_reserve",
+    "recompute_misses",
+    "refuse_unfinishable",
+    "refuse_unservable",
+]
 
 _PREFIX_FIRST = (
     MissCause.NEVER_SEEN,
     MissCause.EVICTED,
+    MissCause.LOWERED,
     MissCause.WINDOW,
     MissCause.LAST_TOKEN,
     MissCause.DISABLED,
@@ -40,6 +48,18 @@ def refuse_unservable(request: Request, num_tokens: int, manager: KVCacheManager
         raise UsageError(
             f"{name} may grow to {longest} tokens, more than the whole KV cache holds; "
             "lower max_tokens or raise kv_budget"
+        )
+
+
+def refuse_unfinishable(
+    sequence: Sequence, manager: KVCacheManager, budgets: tuple[PoolBudget, ...], max_model_len: int
+) -> None:
+    """UsageError when a live request could not be served to its end under other budgets."""
+    longest = min(sequence.num_prompt_tokens + sequence.sampling.max_tokens, max_model_len) - 1
+    if not manager.fits(longest, budgets):
+        raise UsageError(
+            f"request {sequence.request_id!r} may grow to {longest} tokens, more than that KV budget holds; "
+            "abort it, wait for its end, or give more"
         )
 
 

@@ -14,24 +14,27 @@ else runs.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from kvtune.cache import KVCacheManager, PrefixMatch
+from kvtune.cache import Allocation, KVCacheManager, PrefixMatch
 from kvtune.config import SchedulerConfig
 from kvtune.errors import InvariantError, UsageError
 from kvtune.sched.admission import (
     admission_reserve,
     growth_reserve,
     recompute_misses,
+    refuse_unfinishable,
     refuse_unservable,
 )
 from kvtune.sched.decode_run import DecodeRun, decode_run, perform
 from kvtune.sched.peak_admission import OutputLengths, PeakAdmission
-from kvtune.sched.preemption import choose_victims, victim_order
+from kvtune.sched.preemption import choose_victims, lowering_order, victim_order
 from kvtune.sched.queue import WaitingQueue
 from kvtune.sched.records import SchedulerStats, SequenceUpdate
+from kvtune.sched.restores import PlaneRestores
 from kvtune.sched.sequence import Sequence, SequenceView, Status
 from kvtune.sched.step import StepPlan
+from kvtune.spec import PoolBudget
 from kvtune.types import (
     Admission,
     BlockHash,
@@ -78,6 +81,7 @@ class Scheduler:
         self._num_submitted = 0
         self._num_steps = 0
         self._counts: Counter[str] = Counter()
+        self._restores = PlaneRestores(manager)
         self._peak = PeakAdmission(manager, max_model_len=max_model_len, lengths=lengths)
 
     # --- requests come and go
@@ -148,6 +152,31 @@ class Scheduler:
         """New settings from the next step on; running requests above a lowered limit run on."""
         self._config = config
 
+    def set_budgets(self, budgets: Iterable[PoolBudget]) -> SchedulerOutput:
+        """Other KV budgets from now on, between two steps. What they no longer pay for is given up at once:
+        planes of idle blocks, idle blocks, planes of running requests, running requests; the output says what
+        that does to bytes. UsageError, and nothing changed, when a live request could not end any more.
+        """
+        if self._pending:
+            raise InvariantError("budgets change between two steps; call update() first")
+        budgets = tuple(budgets)
+        for sequence in self._sequences.values():
+            refuse_unfinishable(sequence, self._manager, budgets, self._max_model_len)
+        precision, step = self._manager.precision, StepPlan(budget=0)
+        precision.set_budgets(budgets)
+        precision.shed_idle()
+        precision.lower_overspent([s.request_id for s in lowering_order(self._running, precision)])
+        leaving = victim_order(
+            self._running, head=None, priority=None, max_preemptions=self._config.max_preemptions,
+            leaders=self._leaders(),
+        )  # fmt: skip
+        for victim in leaving:
+            if not precision.is_overspent:
+                break
+            self._preempt(step, victim)
+            precision.shed_idle()
+        return step.output(self._num_steps, self._manager)
+
     # --- one step
 
     def schedule(self) -> SchedulerOutput:
@@ -156,9 +185,12 @@ class Scheduler:
             raise InvariantError("schedule() was called again before update() of the step before")
         self._finished.clear()
         step = StepPlan(budget=self._config.max_num_batched_tokens)
+        is_relieved = all(s.awaited is not None for s in self._waiting)
+        self._restores.begin(self._running, self._config, is_relieved=is_relieved)
         prefills = [s for s in self._running if not s.is_decoding]
         for sequence in [s for s in self._running if s.is_decoding] + prefills:
-            if sequence.status is Status.RUNNING and step.budget > 0:
+            is_runnable = sequence.status is Status.RUNNING and not sequence.awaits_planes
+            if is_runnable and step.budget > 0:
                 self._schedule_running(step, sequence)
         if not step.preempted:
             self._admit_waiting(step)
@@ -218,10 +250,30 @@ class Scheduler:
         allocation = self._manager.allocate(
             sequence.request_id, sequence.num_computed_tokens + num_tokens, reserve=reserve
         )
+        if allocation is None and self._lower_for(sequence, num_tokens, reserve):
+            allocation = self._manager.allocate(
+                sequence.request_id, sequence.num_computed_tokens + num_tokens, reserve=reserve
+            )
         if allocation is None:
             return False
         step.add(sequence, num_tokens, allocation.copies)
         return True
+
+    def _lower_for(self, sequence: Sequence, num_tokens: int, reserve: float) -> bool:
+        """Before anybody is preempted: drop planes of requests at or below the sequence's priority."""
+        precision = self._manager.precision
+        if not precision.can_lower:
+            return False
+        return precision.lower_for_growth(
+            sequence.request_id,
+            sequence.num_computed_tokens + num_tokens,
+            reserve=reserve,
+            request_ids=self._lowering(sequence),
+        )
+
+    def _lowering(self, sequence: Sequence) -> list[RequestId]:
+        allowed = [s for s in self._running if s.request.priority <= sequence.request.priority]
+        return [s.request_id for s in lowering_order(allowed, self._manager.precision)]
 
     def _preempt(self, step: StepPlan, sequence: Sequence) -> None:
         step.drop(sequence)
@@ -263,7 +315,7 @@ class Scheduler:
             return False
         reserve = admission_reserve(self._config, sequence.request.priority)
         gate: int | None = sequence.num_tokens
-        allocation = None
+        allocation, lowered = None, None
         while allocation is None:
             allocation = self._manager.allocate(
                 sequence.request_id,
@@ -273,6 +325,10 @@ class Scheduler:
                 gate_tokens=gate,
             )
             if allocation is not None:
+                break
+            lowered = self._allocate_lowered(sequence, num_tokens, reserve)
+            if lowered is not None:
+                match, allocation = lowered
                 break
             if self._running:
                 return False
@@ -285,8 +341,40 @@ class Scheduler:
         self._record_admission(step, sequence, match)
         sequence.start(self._clock(), num_computed_tokens=match.num_tokens)
         self._run(sequence)
-        step.add(sequence, num_tokens, allocation.copies)
+        if lowered is None and self._restores.await_planes(sequence):
+            return True  # its blocks are pinned; it starts when their planes are back
+        num_tokens = min(num_tokens, sequence.num_uncomputed_tokens)
+        if num_tokens:
+            step.add(sequence, num_tokens, allocation.copies)
         return True
+
+    def _allocate_lowered(
+        self, sequence: Sequence, num_tokens: int, reserve: float
+    ) -> tuple[PrefixMatch, Allocation] | None:
+        """Room at the expense of precision: planes of running requests, and matched ones that rest."""
+        precision = self._manager.precision
+        if not precision.can_lower:
+            return None
+        match = self._match(sequence)
+        is_possible = precision.lower_for_admission(
+            match,
+            match.num_tokens + num_tokens,
+            gate_tokens=sequence.num_tokens,
+            reserve=reserve,
+            request_ids=self._lowering(sequence),
+        )
+        if not is_possible:
+            return None
+        match = self._match(sequence)
+        allocation = self._manager.allocate(
+            sequence.request_id,
+            match.num_tokens + num_tokens,
+            match=match,
+            reserve=reserve,
+            gate_tokens=sequence.num_tokens,
+            lowered=True,
+        )
+        return None if allocation is None else (match, allocation)
 
     def _peak_allows(self, sequence: Sequence, match: PrefixMatch) -> bool:
         if self._config.admission != "peak":
@@ -324,7 +412,8 @@ class Scheduler:
             sequence = pending.get(chunk.request_id)
             if sequence is None or sequence.status is not Status.RUNNING:
                 continue
-            sequence.computed(chunk.num_tokens)
+            sequence.computed(chunk.num_tokens, lowered=chunk.num_lowered_blocks > 0)
+            sequence.last_step = output.step
             self._manager.commit(chunk.request_id, sequence.token_ids, sequence.num_computed_tokens)
             if chunk.samples:
                 updates.append(self._take_token(sequence, sampled, now_s))
@@ -339,6 +428,8 @@ class Scheduler:
         For callers that know what is sampled, and that nobody forks, aborts or reconfigures meanwhile.
         """
         running, config = self._running, self._config
+        if not self._manager.precision.is_nominal:
+            return None  # planes may come back
         if not running or len(running) > config.max_num_batched_tokens:
             return None
         if len(self._waiting) and len(running) < config.max_num_seqs:

@@ -67,6 +67,11 @@ class SequenceView(Protocol):
     @property
     def num_preemptions(self) -> int: ...
     @property
+    def num_lowered_tokens(self) -> int:
+        """Tokens computed while some block was read below nominal precision."""
+        ...
+
+    @property
     def misses(self) -> Mapping[MissCause, int]: ...
     @property
     def finish_reason(self) -> FinishReason | None: ...
@@ -86,6 +91,9 @@ class Sequence:
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
         self.num_preemptions = 0
+        self.num_lowered_tokens = 0
+        self.last_step = 0  # in which it was scheduled last
+        self.awaits_planes = False  # it hit blocks whose low planes are on their way back
         self.most_computed_tokens = 0  # what recomputation after a preemption is measured against
         self.misses: Mapping[MissCause, int] = {}
         self.finish_reason: FinishReason | None = None
@@ -155,7 +163,9 @@ class Sequence:
         if self._first_scheduled_s is None:
             self._first_scheduled_s = now_s
 
-    def computed(self, num_tokens: int) -> None:
+    def computed(self, num_tokens: int, *, lowered: bool = False) -> None:
+        """`lowered`: some block was read below nominal precision."""
+        self.num_lowered_tokens += num_tokens if lowered else 0
         self.num_computed_tokens += num_tokens
         self.most_computed_tokens = max(self.most_computed_tokens, self.num_computed_tokens)
 
@@ -186,11 +196,13 @@ class Sequence:
         self.num_tokens = parent.num_tokens
         self.num_prompt_tokens = parent.num_prompt_tokens
         self.num_cached_tokens = min(parent.num_computed_tokens, parent.num_prompt_tokens)
+        self.num_lowered_tokens = parent.num_lowered_tokens
         self.misses = {}
 
     def preempt(self) -> None:
         """Back to the queue without blocks; tokens and the sampling position stay."""
         self.status = Status.WAITING
+        self.awaits_planes = False
         self.num_computed_tokens = 0
         self.num_preemptions += 1
 

@@ -37,13 +37,15 @@ class StepPlan:
         self.budget += num_tokens
 
     def output(self, step: int, manager: KVCacheManager) -> SchedulerOutput:
-        """The decision as the record the runner gets."""
+        """The decision as the record the runner gets. Whoever reads below nominal precision in this step
+        publishes nothing from now on."""
         return SchedulerOutput(
             step=step,
             chunks=tuple(_chunk(s, num_tokens, manager) for s, num_tokens in self.chunks.values()),
             copies=tuple(copy for copies in self.copies.values() for copy in copies),
             admitted=tuple(self.admitted),
             preempted=tuple(self.preempted),
+            plane_moves=manager.precision.take_moves(),
         )
 
 
@@ -55,4 +57,5 @@ def _chunk(sequence: Sequence, num_tokens: int, manager: KVCacheManager) -> Sche
         start=start,
         block_tables=manager.block_tables(sequence.request_id),
         samples=end == sequence.num_tokens,
+        num_lowered_blocks=manager.precision.note_reads(sequence.request_id, num_tokens),
     )

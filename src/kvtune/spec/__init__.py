@@ -29,6 +29,7 @@ from kvtune.spec.layout import (
 )
 from kvtune.spec.model import LayerSpec, ModelSpec, text_config
 from kvtune.spec.parallel import check_tensor_parallel, valid_tensor_parallel
+from kvtune.spec.pool_budget import PoolBudget
 from kvtune.spec.sizing import (
     KVFormat,
     blocks_per_sequence,
@@ -39,8 +40,8 @@ from kvtune.spec.sizing import (
     layer_state_bytes,
     layer_token_bytes,
     logical_bytes,
-    split_budget,
     side_bytes,
+    split_budget,
 )
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "ModelSpec",
     "PackedLayout",
     "Paging",
+    "PoolBudget",
     "allocator_bytes",
     "allocator_terms",
     "blocks_per_sequence",
@@ -76,8 +78,8 @@ __all__ = [
     "layer_token_bytes",
     "logical_bytes",
     "plan_arenas",
+    "side_bytes",
     "split_budget",
     "text_config",
-    "side_bytes",
     "valid_tensor_parallel",
 ]

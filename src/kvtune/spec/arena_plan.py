@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from kvtune.config import CacheConfig
+from kvtune.config import CacheConfig, format_bytes
 from kvtune.errors import UsageError
-from kvtune.spec.layout import KVGroup, codec_storage
+from kvtune.spec.layout import KVGroup, PackedLayout, codec_storage
 from kvtune.spec.model import ModelSpec
+from kvtune.spec.pool_budget import PoolBudget
 from kvtune.spec.sizing import first_block_bytes, group_block_bytes, split_budget
 
 __all__ = ["FIRST_BLOCK_CODEC", "ArenaPlan", "plan_arenas"]
@@ -24,6 +25,8 @@ class ArenaPlan:
     """Blocks per group, in the body and (0 without `first_block_16bit`) in the 16-bit first arena.
 
     `block_bytes[g]` and `first_block_bytes[g]`: bytes of one block of group g over all its layers.
+    `plane_bytes[g]`: the part of `block_bytes[g]` that lies in low planes it may lose while the engine runs;
+    `num_resting[g]`: how many blocks' low planes the host arena holds.
     """
 
     groups: tuple[KVGroup, ...]
@@ -32,6 +35,51 @@ class ArenaPlan:
     block_bytes: tuple[int, ...]
     first_block_bytes: tuple[int, ...]
     block_size: int
+    plane_bytes: tuple[int, ...]
+    num_resting: tuple[int, ...]
+
+    @property
+    def budgets(self) -> tuple[PoolBudget, ...]:
+        """What each group's body may spend: bytes where planes can be dropped, else blocks."""
+        return self._budgets(self.num_blocks)
+
+    def _budgets(self, num_blocks: tuple[int, ...]) -> tuple[PoolBudget, ...]:
+        rows = zip(num_blocks, self.block_bytes, self.plane_bytes, strict=True)
+        return tuple(
+            PoolBudget(total=n * size, block=size - plane, plane=plane) if plane else PoolBudget(total=n)
+            for n, size, plane in rows
+        )
+
+    @property
+    def num_ids(self) -> tuple[int, ...]:
+        """Ids of body blocks per group: more than `num_blocks` where dropped planes can pay for blocks."""
+        return tuple(budget.num_ids for budget in self.budgets)
+
+    @property
+    def first_bytes(self) -> int:
+        """Bytes of the 16-bit first blocks, which no change of the budget touches."""
+        rows = zip(self.num_first_blocks, self.first_block_bytes, strict=True)
+        return sum(count * size for count, size in rows)
+
+    def budgets_for(self, kv_budget_bytes: int, *, max_model_len: int, chunk: int) -> tuple[PoolBudget, ...]:
+        """The pools' budgets under a lower KV budget; block ids stay.
+
+        UsageError for less than one block of each group.
+        """
+        if kv_budget_bytes < self.first_bytes + sum(self.block_bytes):
+            raise UsageError(
+                f"KV budget {format_bytes(kv_budget_bytes)} cannot hold one block of each KV group beside "
+                f"{format_bytes(self.first_bytes)} of 16-bit first blocks; give more"
+            )
+        num_blocks = split_budget(
+            self.groups, self.block_bytes, kv_budget_bytes - self.first_bytes, max_model_len=max_model_len,
+            chunk=chunk, block_size=self.block_size,
+        )  # fmt: skip
+        most = self.num_blocks  # rounding may move a block from one group to another
+        num_blocks = tuple(min(n, limit) for n, limit in zip(num_blocks, most, strict=True))
+        left = kv_budget_bytes - self.first_bytes
+        left -= sum(n * size for n, size in zip(num_blocks, self.block_bytes, strict=True))
+        return _with_change(self._budgets(num_blocks), self.budgets, left)
 
     @property
     def total_bytes(self) -> int:
@@ -57,6 +105,7 @@ def plan_arenas(
     groups = spec.kv_groups()
     block = tuple(group_block_bytes(g, cache.codecs_of, cache.block_size) for g in groups)
     first = tuple(first_block_bytes(g, cache.block_size, FIRST_BLOCK_CODEC) for g in groups)
+    planes = tuple(_plane_bytes(g, cache) if cache.squeeze_planes else 0 for g in groups)
     budget = cache.kv_budget_bytes
     num_first = (0,) * len(groups)
     if cache.first_block_16bit:
@@ -77,6 +126,47 @@ def plan_arenas(
         block_bytes=block,
         first_block_bytes=first,
         block_size=cache.block_size,
+        plane_bytes=planes,
+        num_resting=_num_resting(cache.plane_arena_bytes, num_blocks, planes),
+    )
+
+
+def _with_change(
+    budgets: tuple[PoolBudget, ...], most: tuple[PoolBudget, ...], left: int
+) -> tuple[PoolBudget, ...]:
+    """What is left of a budget, less than a block, to the first group that can use it without its planes."""
+    changed: list[PoolBudget] = []
+    for budget, limit in zip(budgets, most, strict=True):
+        extra = min(left, limit.total - budget.total) if budget.plane else 0
+        changed.append(replace(budget, total=budget.total + extra))
+        left -= extra
+    return tuple(changed)
+
+
+def _plane_bytes(group: KVGroup, cache: CacheConfig) -> int:
+    """Bytes of one block's droppable low planes over the group's layers."""
+    total = 0
+    for layer in group.layers:
+        k_codec, v_codec = cache.codecs_of(layer)
+        layout = PackedLayout(
+            block_size=cache.block_size, num_kv_heads=group.num_kv_heads, k_head_dim=group.k_head_dim,
+            v_head_dim=group.v_head_dim, k_codec=k_codec, v_codec=v_codec,
+        )  # fmt: skip
+        sizes = {"k": layout.k_low_bytes, "v": layout.v_low_bytes}
+        total += sum(sizes[side] for side in cache.droppable_sides(layer))
+    return total
+
+
+def _num_resting(
+    arena_bytes: int, num_blocks: tuple[int, ...], plane_bytes: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The host arena's places, shared out so that each group can drop the same share of its planes."""
+    everything = sum(n * size for n, size in zip(num_blocks, plane_bytes, strict=True))
+    if not everything:
+        return (0,) * len(num_blocks)
+    return tuple(
+        min(n, arena_bytes * n // everything) if size else 0
+        for n, size in zip(num_blocks, plane_bytes, strict=True)
     )
 
 
@@ -90,3 +180,14 @@ def _check_codecs(spec: ModelSpec, cache: CacheConfig) -> None:
             raise UsageError(
                 f"layer_codecs names layer {layer}; the model has layers 0..{len(spec.layers) - 1}"
             )
+    for layer in cache.squeeze_planes:
+        if not 0 <= layer < len(spec.layers):
+            raise UsageError(
+                f"squeeze_planes names layer {layer}; the model has layers 0..{len(spec.layers) - 1}"
+            )
+        for side, name in zip("kv", cache.codecs_of(layer), strict=True):
+            if side in cache.droppable_sides(layer) and not codec_storage(name).low_bits:
+                raise UsageError(
+                    f"squeeze_planes drops a plane of {side} in layer {layer}, which is stored as {name} and "
+                    "has no second plane; use n8_rh"
+                )
