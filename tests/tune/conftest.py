@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from kvtune.errors import TargetError, UsageError
-from kvtune.target import Config, Knob, LoadReport, LoadRequest, LoadResult, ScoreItem, Scores
+from kvtune.target import Config, Knob, LayerCodecs, LoadReport, LoadRequest, LoadResult, ScoreItem, Scores
 from kvtune.workload import TokenRequest
 
 VOCABULARY = 48
@@ -188,6 +189,87 @@ class FakeRunning:
         self.close()
 
 
+LAYERS = 4
+LAYER_BITS = {"bf16": 16.0, "int8": 8.25, "nested": 8.5, "int4": 4.5, "high": 4.5}
+LAYER_DAMAGE = {"bf16": 0.0, "int8": 0.004, "nested": 0.004, "int4": 0.5, "high": 0.5}
+LAYER_WEIGHT = {"k": (1.0, 0.5, 0.03, 0.02), "v": (0.8, 0.4, 0.015, 0.01)}
+"""How much each layer's noise reaches the logits: the last two hardly."""
+
+
+@dataclass
+class LayeredTarget(FakeTarget):
+    """Each layer has its own codecs, and its own share in the damage. `has_planes`: reads a nested code."""
+
+    weight: Mapping[str, Sequence[float]] = field(default_factory=lambda: dict(LAYER_WEIGHT))
+    has_planes: bool = True
+    has_layers: bool = True
+
+    def layer_codecs(self) -> LayerCodecs:
+        nested = {"stored": "nested", "high": "high"} if self.has_planes else {}
+        codecs = ("bf16", "int8", "int4", *(("nested", "high") if self.has_planes else ()))
+        return LayerCodecs(layers=tuple(range(LAYERS)), codecs=codecs, **nested)
+
+    def pairs(self, config: Config) -> list[tuple[str, str]]:
+        table = config.get("layer_codecs", {})
+        return [
+            tuple(table.get(str(n), (config["k_codec"], config["v_codec"])))  # type: ignore[misc]
+            for n in range(LAYERS)
+        ]
+
+    def kv_side_bytes_per_token(self, config: Config, *, context: int) -> Mapping[int, tuple[float, float]]:
+        scale = self._scale(config, context)
+        return {
+            n: (LAYER_BITS[k] * scale, LAYER_BITS[v] * scale) for n, (k, v) in enumerate(self.pairs(config))
+        }
+
+    def kv_bytes_per_token(self, config: Config, *, context: int) -> float:
+        return sum(k + v for k, v in self.kv_side_bytes_per_token(config, context=context).values())
+
+    @staticmethod
+    def _scale(config: Config, context: int) -> float:
+        return 16 / 8 * (-(-context // config["block_size"]) * config["block_size"]) / context
+
+    def start(self, config: Config, *, kv_budget_bytes: int | None = None) -> LayeredRunning:
+        self.clock.now += self.start_s
+        self.crash(config, "start")
+        self.starts.append(dict(config))
+        self.num_open += 1
+        kind = PlaneRunning if self.has_planes else LayeredRunning
+        return kind(self, config, kv_budget_bytes or 1 << 20)
+
+
+class LayeredRunning(FakeRunning):
+    planes: Mapping[int, tuple[int, int]] = {}
+
+    def _logits(self, item_id: str, tokens: int, chunk: int | None) -> np.ndarray:
+        target: Any = self.target
+        logits = seeded("model", item_id).normal(0, 3, (tokens, VOCABULARY))
+        for layer, pair in enumerate(target.pairs(self.config)):
+            for at, (side, codec) in enumerate(zip("kv", pair, strict=True)):
+                read = "high" if self.planes.get(layer, (2, 2))[at] == 1 else codec
+                spread = LAYER_DAMAGE[read] * target.weight[side][layer]
+                if spread:
+                    noise = seeded("damage", item_id, side, layer, read).normal(0, 1, logits.shape)
+                    logits = logits + spread * noise
+        if chunk not in (None, 512):
+            logits = logits + seeded("chunk", item_id, chunk).normal(0, target.aa_damage, logits.shape)
+        return logits
+
+
+class PlaneRunning(LayeredRunning):
+    @contextmanager
+    def reading(self, planes: Mapping[int, tuple[int, int]]) -> Generator[None]:
+        pairs = self.target.pairs(self.config)  # type: ignore[attr-defined]
+        for layer, counts in planes.items():
+            if any(n == 1 and codec != "nested" for n, codec in zip(counts, pairs[layer], strict=True)):
+                raise UsageError(f"layer {layer} is not nested")
+        self.planes = planes
+        try:
+            yield
+        finally:
+            self.planes = {}
+
+
 def make_requests(sessions: int = 48, turns: int = 2) -> list[TokenRequest]:
     rng = seeded("requests")
     return [
@@ -204,6 +286,11 @@ def make_requests(sessions: int = 48, turns: int = 2) -> list[TokenRequest]:
 @pytest.fixture
 def fake() -> type[FakeTarget]:
     return FakeTarget
+
+
+@pytest.fixture
+def layered() -> type[LayeredTarget]:
+    return LayeredTarget
 
 
 @pytest.fixture

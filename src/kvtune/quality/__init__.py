@@ -31,6 +31,7 @@ from kvtune.quality.probes import (
 )
 from kvtune.quality.proportion import wilson_interval
 from kvtune.quality.replay import Reference, ReplaySettings, record_reference, replay, replay_decode
+from kvtune.quality.sensitivity import isolated_kl
 from kvtune.quality.speed import HIGHER_IS_BETTER, Slo, SpeedRatios, compare_speed, summarise
 from kvtune.quality.tasks import TASKS, Material, Sample, draw, is_correct
 from kvtune.quality.verdict import QualityVerdict, Verdict, judge
@@ -71,6 +72,7 @@ __all__ = [
     "draw",
     "is_bit_equal",
     "is_correct",
+    "isolated_kl",
     "judge",
     "judge_answers",
     "judge_candidate",

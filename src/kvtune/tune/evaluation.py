@@ -34,10 +34,13 @@ from kvtune.workload import TokenRequest
 
 __all__ = ["CRASHES", "Baseline", "Evaluator", "plain", "started", "warmed"]
 
-REPORTED = ("kernel", "read_contract", "dtype", "kv_capacity_tokens", "num_blocks", "kv_bytes_per_token")
+REPORTED = ("kernel", "read_contract", "dtype", "kv_capacity_tokens", "num_blocks", "kv_bytes_per_token",
+            "layer_codecs")  # fmt: skip
 RUNAWAY_FACTOR = 4.0
 """A load run that takes this many times the baseline's is not going to be within 1.1x: it is cut off."""
 MIN_LOAD_DEADLINE_S = 5.0
+CONFIRM_SHRINKS = 0.6
+"""An interval of the confirmation against one of the search: it replays up to 256 requests, not 96."""
 TRIES = 2
 """A neighbour's burst of work can double one load run; two in a row are the configuration's own."""
 CRASHES = (UsageError, HostError, TargetError, UnsupportedModelError, OSError, RuntimeError, MemoryError)
@@ -98,6 +101,23 @@ def may_pass(quality: Mapping[str, Any]) -> bool:
         m["more_requests"] is not None and m["excess"]["value"] <= m["margin"]
         for m in metrics
         if m["verdict"] != Verdict.PASS.value
+    )
+
+
+def is_likely(quality: Mapping[str, Any]) -> bool:
+    """PASS, or UNDECIDED by bounds so little too wide that the larger confirmation set should settle it.
+
+    Where neighbouring candidates differ by a few per cent of bytes, `may_pass` would let through one that is
+    as likely to fail as not, and each that fails costs those after it their share of the error.
+    """
+    if quality["verdict"] == Verdict.PASS.value:
+        return True
+    if not may_pass(quality):
+        return False
+    excesses = [(m["excess"], m["margin"]) for m in quality["metrics"].values()]
+    return all(
+        e["high"] is not None and e["value"] + CONFIRM_SHRINKS * (e["high"] - e["value"]) <= limit
+        for e, limit in excesses
     )
 
 
@@ -358,8 +378,15 @@ def _reported(effective: Mapping[str, Any]) -> dict[str, Any]:
 
 def _cancelled(config: Config, effective: Mapping[str, Any]) -> tuple[str, ...]:
     """Settings that the engine did not take as asked: a finding, since its figures are another's."""
+    asked = dict(config)
+    table = asked.pop("layer_codecs", None)
+    if table:  # then codecs are told by layer, and no one name is right for all
+        common = [asked.pop("k_codec", None), asked.pop("v_codec", None)]
+        asked["layer_codecs"] = {
+            layer: list(table.get(layer, common)) for layer in effective.get("layer_codecs", table)
+        }
     return tuple(
-        f"asked {name}={config[name]!r}, the engine runs {effective[name]!r}"
-        for name in config
-        if name in effective and plain(effective[name]) != plain(config[name])
+        f"asked {name}={asked[name]!r}, the engine runs {effective[name]!r}"
+        for name in asked
+        if name in effective and plain(effective[name]) != plain(asked[name])
     )

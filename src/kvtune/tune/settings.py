@@ -51,6 +51,8 @@ class TuneSettings:
     patience: int = 12
     """Measured trials in a row without a better one after which the search ends early."""
     max_confirmed: int = 6
+    per_layer: bool = True
+    """Also search codecs layer by layer, where the engine can."""
     probe_margin: float | None = None
     """Largest net loss of probes; None as the margin says."""
     questions: GateQuestions = field(default_factory=GateQuestions)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from kvtune.errors import TargetError, UsageError
 from kvtune.recipe import canonical_json
 from kvtune.target import Config, Knob, Target
 
-__all__ = ["SearchSpace"]
+__all__ = ["SearchSpace", "with_layers"]
 
 ReadKey = str
 """Canonical text of the lossy knobs: configurations that share it return the same bits on every read."""
@@ -37,22 +37,22 @@ class SearchSpace:
         return size
 
     def label(self, config: Config) -> str:
-        return canonical_json({k.name: config[k.name] for k in self.knobs})
+        return canonical_json({k.name: config[k.name] for k in self.knobs} | _layers(config))
 
     def choices(self) -> dict[str, dict[str, Any]]:
         """Knob name -> text of a value -> value: samplers draw texts, so a value may be any JSON."""
         return {k.name: {canonical_json(v): v for v in k.values} for k in self.knobs}
 
     def read_key(self, config: Config) -> ReadKey:
-        return canonical_json({name: config[name] for name in self._lossy})
+        return canonical_json({name: config[name] for name in self._lossy} | _layers(config))
 
     def is_lossy(self, config: Config) -> bool:
         """Whether reads may differ from the baseline's."""
         return self.read_key(config) != self.read_key(self.baseline)
 
     def num_changed(self, config: Config) -> int:
-        """How many knobs differ from the baseline's."""
-        return sum(config[k.name] != k.baseline for k in self.knobs)
+        """How many knobs differ from the baseline's; codecs of single layers count as one more."""
+        return sum(config[k.name] != k.baseline for k in self.knobs) + len(_layers(config))
 
     def configs(self) -> Iterator[dict[str, Any]]:
         names = [k.name for k in self.knobs]
@@ -74,3 +74,20 @@ class SearchSpace:
             except UsageError:
                 continue
         return sorted(rungs, key=lambda rung: (-rung[0], self.label(rung[1])))
+
+
+def _layers(config: Config) -> dict[str, Any]:
+    """Codecs of single layers, which no knob holds."""
+    table = config.get("layer_codecs")
+    return {"layer_codecs": {str(layer): list(pair) for layer, pair in table.items()}} if table else {}
+
+
+def with_layers(config: Config, table: Mapping[int, tuple[str, str]]) -> dict[str, Any]:
+    """The configuration with these (k, v) codecs by layer, written shortly: the commonest pair as `k_codec`
+    and `v_codec`, the layers that differ as `layer_codecs` (left out where none does)."""
+    pairs = list(table.values())
+    common = max(dict.fromkeys(pairs), key=pairs.count)
+    out = {name: value for name, value in config.items() if name != "layer_codecs"}
+    out |= {"k_codec": common[0], "v_codec": common[1]}
+    rest = {str(layer): list(pair) for layer, pair in sorted(table.items()) if pair != common}
+    return {**out, "layer_codecs": rest} if rest else out

@@ -126,6 +126,20 @@ class Study:
         self._open[trial.number] = trial
         return trial.number, {n: self._choices[n][text] for n, text in trial.params.items()}
 
+    def next_number(self) -> int:
+        """The number that `add` will give."""
+        return len(self._study.get_trials(deepcopy=False))
+
+    def add(self, trial: Trial) -> None:
+        """Keep a trial that was not proposed here and lies outside of the knobs' values: the sampler leaves
+        it out, `trials` does not."""
+        optuna = _optuna()
+        self._study.add_trial(
+            optuna.trial.create_trial(
+                state=optuna.trial.TrialState.FAIL, user_attrs={_RECORD: trial.to_dict()}
+            )
+        )
+
     def skip(self, number: int) -> None:
         """Close a proposal that is not worth a trial: proposed before, or beaten by its size alone."""
         self._study.tell(self._open.pop(number), state=_optuna().trial.TrialState.PRUNED)

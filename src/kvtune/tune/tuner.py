@@ -18,13 +18,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from kvtune.config import format_layer_codecs
 from kvtune.quality import Verdict
 from kvtune.recipe import canonical_json, write_atomically
-from kvtune.target import LoadRequest, Target
+from kvtune.target import AllocatesLayers, LoadRequest, Target
 from kvtune.tune.ablation import Ablation
 from kvtune.tune.confirmation import Confirmation, Confirmed, candidate_s, reserve_s
 from kvtune.tune.evaluation import Evaluator, may_pass, plain
 from kvtune.tune.evidence import evidence_record
+from kvtune.tune.layer_search import LayerSearch, LayerSearchResult, layer_record
 from kvtune.tune.outcome import Outcome, is_better_confirmed
 from kvtune.tune.pace import Pace
 from kvtune.tune.settings import Progress, ProgressEvent, TuneResult, TuneSettings
@@ -40,6 +42,8 @@ T = TypeVar("T")
 OUTPUTS = ("result.json", "recipe.json", "trials.jsonl", "confirmation.jsonl", "report.html", "report.md")
 LADDER_SHARE = 0.5
 """Once each combination of lossy knobs is judged, what is left are ties: a sharper verdict is worth more."""
+LAYER_SHARE = 0.2
+"""Of the budget, what is kept for codecs layer by layer once the uniform configurations were searched."""
 PROPOSALS = 6
 """Proposals of the sampler that may be known or hopeless before a random open point is taken."""
 
@@ -113,6 +117,7 @@ class _Run:
                 (self._folder / JOURNAL).unlink(missing_ok=True)
             raise
         stop_reason = self._search(study)
+        layers = self._search_layers(study)
         self._probe_frontier()
         candidates = self._candidates()
         ablation = Ablation(self._evaluator, self._space, self._trials, pace=self._pace)
@@ -135,7 +140,9 @@ class _Run:
             elapsed_s=round(self._pace.elapsed_s, 2), recipe_path=str(self._folder / "recipe.json"),
             split={"num_requests": len(self._requests), "num_search": len(self._search_half),
                    "num_confirm": len(self._confirm_half)},
-            further=further,
+            further={**further, "layers": layer_record(
+                self._target, layers, self._space.baseline if confirmed is None else confirmed.config,
+                context=self._settings.context)},
         )  # fmt: skip
         answers = confirmation.baseline_answers() if confirmed is None else confirmed.answers
         return self._write(outcome, zip(confirmation.asked(), answers, strict=True))
@@ -149,7 +156,7 @@ class _Run:
             "requests": [[r.request_id, len(r.prompt_token_ids), r.max_tokens] for r in self._requests],
             "margin": settings.margin, "seed": settings.seed, "kv_budget": settings.kv_budget_bytes,
             "slo": None if settings.slo is None else [settings.slo.ttft_p95_s, settings.slo.tpot_p95_s],
-            "context": settings.context, "engine_settings": settings.engine,
+            "context": settings.context, "engine_settings": settings.engine, "per_layer": settings.per_layer,
         }  # fmt: skip
         return hashlib.sha256(canonical_json(plain(asked)).encode()).hexdigest()
 
@@ -191,7 +198,7 @@ class _Run:
         settings = self._settings
         if not self._trials:
             return ""
-        needed = self._reserve_s() + self._pace.cost_s("trial")
+        needed = self._reserve_s() + self._pace.cost_s("trial") + self._layers_s()
         if self._pace.left_s <= needed:
             return "the time left is needed for the confirmation"
         if len(self._trials) >= settings.max_trials:
@@ -245,11 +252,43 @@ class _Run:
         return [t for t in self._trials if t.status is Status.COMPLETE]
 
     def _best(self) -> Trial | None:
-        best: Trial | None = None
-        for trial in self._feasible():
-            if best is None or self._evaluator.objective.is_better(trial, best):
-                best = trial
-        return best
+        feasible = self._feasible()
+        return self._best_of(feasible) if feasible else None
+
+    def _best_of(self, trials: Sequence[Trial]) -> Trial:
+        return functools.reduce(lambda a, b: b if self._evaluator.objective.is_better(b, a) else a, trials)
+
+    # -- codecs layer by layer
+
+    @property
+    def _has_layers(self) -> bool:
+        return self._settings.per_layer and isinstance(self._target, AllocatesLayers)
+
+    def _layers_s(self) -> float:
+        return LAYER_SHARE * self._pace.budget_s if self._has_layers else 0.0
+
+    def _search_layers(self, study: Study) -> LayerSearchResult | None:
+        """Tables below the best uniform configuration; what was judged becomes trials and rungs."""
+        uniform = [t for t in self._feasible() if "layer_codecs" not in t.config]
+        if not self._has_layers or not uniform:
+            return None
+        search = LayerSearch(
+            self._target, self._space, self._settings, evaluator=self._evaluator, pace=self._pace,
+            rng=self._rng, left_s=lambda: self._pace.left_s - self._reserve_s() - self._pace.cost_s("trial"),
+            say=functools.partial(self._say, "layers"),
+        )  # fmt: skip
+        found = search.run(self._best_of(uniform).config)
+        for table in sorted(found.tables, key=lambda t: t.num_bytes):
+            self._ladder.append((table.num_bytes, dict(table.config)))
+            if self._space.label(table.config) in self._seen:
+                continue
+            trial = search.trial(study.next_number(), table, self._best())
+            study.add(trial)
+            self._remember(trial)
+            self._say("layers", f"trial {trial.number}: {trial.status.value} {trial.reason}", trial=trial)
+        self._ladder.sort(key=lambda rung: (-rung[0], self._space.label(rung[1])))
+        self._write_trials()
+        return found
 
     # -- the step below the winner
 
@@ -422,4 +461,5 @@ def _bisecting(rungs: Sequence[T]) -> list[T]:
 
 
 def _brief(config: Mapping[str, Any]) -> str:
-    return " ".join(f"{name}={value}" for name, value in config.items())
+    knobs = [f"{name}={value}" for name, value in config.items() if name != "layer_codecs"]
+    return " ".join([*knobs, format_layer_codecs(config.get("layer_codecs", {}))]).rstrip()
