@@ -33,7 +33,7 @@ from kvtune.adapters.vllm_running import RunningVLLM, effective_settings
 from kvtune.config import format_bytes
 from kvtune.errors import EngineUnavailableError, UsageError
 from kvtune.host import read_host
-from kvtune.model_folder import has_tokenizer, model_digests, read_config
+from kvtune.model_folder import has_tokenizer, hub_repo, model_digests, read_config, weight_dtypes
 from kvtune.spec import ModelSpec, Paging, allocator_bytes, kv_format, text_config
 from kvtune.target import Config, Knob
 
@@ -149,6 +149,8 @@ class VLLMTarget:
         return {
             "model": {
                 "path": str(self.model_path),
+                "repo": hub_repo(self.model_path),
+                "weight_dtypes": weight_dtypes(self.model_path),
                 "model_type": self.spec.model_type,
                 **model_digests(self.model_path),
                 "dtype": offer.model_dtype,

@@ -28,7 +28,8 @@ def engine_facts(config: EngineConfig) -> dict[str, Any]:
     library = library_path() if backend.library is not None else None
     return {
         "name": "kvtune", "version": __version__, "torch": torch.__version__,
-        "transformers": transformers.__version__, "python": platform.python_version(),
+        "transformers": transformers.__version__, "cuda": torch.version.cuda or "none: torch's CPU build",
+        "python": platform.python_version(),
         "read_contract": READ_CONTRACT,
         "kernel": {
             "path": backend.name, "isa": backend.isa,

@@ -19,7 +19,7 @@ from kvtune.engine.load import LoadedModel, load_model, read_spec
 from kvtune.engine.moments import memory_moments
 from kvtune.engine.planes import reading_planes
 from kvtune.errors import KVTuneError, TargetError, UsageError
-from kvtune.model_folder import model_digests
+from kvtune.model_folder import hub_repo, model_digests, weight_dtypes
 from kvtune.recipe import configuration_of
 from kvtune.spec import codec_storage
 from kvtune.target import (
@@ -115,6 +115,8 @@ class EngineTarget:
         return {
             "model": {
                 "path": str(self.model_path),
+                "repo": hub_repo(self.model_path),
+                "weight_dtypes": weight_dtypes(self.model_path),
                 "model_type": loaded.spec.model_type,
                 **model_digests(self.model_path, weights_sha256=loaded.weights_sha256),
                 "dtype": str(loaded.dtype).removeprefix("torch."),
