@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from kvtune.engine.runner import last_rows, pack_step
+from kvtune import EngineConfig, SamplingParams
+from kvtune.engine import load_model
+from kvtune.engine.runner import last_rows, pack_step, row_multiple
 from kvtune.errors import InvariantError
 from kvtune.types import BlockCopy, BlockId, RequestId, ScheduledChunk
 
@@ -30,6 +32,32 @@ def test_a_packed_step_holds_positions_slots_and_tables_of_each_group():
     assert packed.slots[0].tolist() == [4 * 16 + 15, 2 * 16, 2 * 16 + 1, 3 * 16, -1, -1, -1, -1]
     assert packed.slots[1].tolist() == [8 * 16 + 15, 6 * 16, 6 * 16 + 1, 16, -1, -1, -1, -1]
     assert last_rows(chunks).tolist() == [2]
+
+
+def test_rounded_row_counts_are_few_and_never_an_eighth_more():
+    rounded = {n: -(-n // row_multiple(n)) * row_multiple(n) for n in range(1, 4097)}
+    assert all(n <= rows < 1.125 * n for n, rows in rounded.items())
+    assert [rounded[n] for n in (1, 31, 33, 64, 65, 130, 512)] == [1, 31, 36, 64, 72, 144, 512]
+    assert len(set(rounded.values())) == 32 + 7 * 8
+
+
+def test_steps_of_a_sixteen_bit_model_come_in_few_row_counts(llama_folder, llama, make_engine):
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 200, n).tolist() for n in range(40, 60)]
+    one_each = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+
+    def row_counts(loaded):
+        engine = make_engine(loaded, scheduler={"max_num_seqs": 1})
+        counts, run = [], engine._runner._run_model
+        engine._runner._run_model = lambda packed, *rest: (
+            counts.append(len(packed.input_ids)) or run(packed, *rest)
+        )
+        engine.generate(prompts, one_each)
+        return counts
+
+    sixteen_bit = load_model(llama_folder, EngineConfig(dtype="bfloat16"))
+    assert row_counts(sixteen_bit) == [-(-n // 4) * 4 for n in range(40, 60)]
+    assert row_counts(llama) == list(range(40, 60))
 
 
 def test_a_token_without_a_block_is_a_bug_that_is_reported():
