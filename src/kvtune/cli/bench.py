@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvtune.cli.screen import say
 from kvtune.config import MAX_SEED
 from kvtune.errors import UsageError
 
@@ -125,7 +126,10 @@ def bench(
 
         detailed = facts | summarise(records, duration_s, details=True)
         write_atomically(save, json.dumps(detailed, allow_nan=False) + "\n")
-    print(json.dumps(result, allow_nan=False) if as_json else _as_text(result))
+    if as_json:
+        print(json.dumps(result, allow_nan=False))
+    else:
+        say(_as_text(result))
     return 0 if result["completed"] else 3
 
 
@@ -213,7 +217,7 @@ def _tokens(
         workload, folder, max_tokens=max_tokens, scale=scale, seed=seed, max_model_len=max_len
     )
     for note in notes:
-        typer.echo(f"kvtune: {note}", err=True)
+        say(f"kvtune: {note}", is_aside=True)
     return requests
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from kvtune.cli.options import HighValue, Judge
+from kvtune.cli.screen import say
 from kvtune.config import MAX_SEED, EngineConfig
 from kvtune.errors import InputFileError, UsageError
 
@@ -84,7 +85,10 @@ def check(
         "schema_version": 1, "recipe": str(recipe), "content_sha256": found.content_sha256,
         "workload": str(workload), "voided": _voided(found.model, target.identity()["model"]), **verdict,
     }  # fmt: skip
-    print(json.dumps(record, allow_nan=False) if as_json else _as_text(record))
+    if as_json:
+        print(json.dumps(record, allow_nan=False))
+    else:
+        say(_as_text(record))
     return 0 if record["verdict"] == "PASS" and not record["voided"] else 1
 
 

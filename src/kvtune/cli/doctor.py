@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvtune.cli.screen import say
+
 if TYPE_CHECKING:
     from kvtune.host import Host
 
@@ -60,7 +62,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
         }
         print(json.dumps(report))
     else:
-        print("\n".join(_line(finding) for finding in findings))
+        say("\n".join(_line(finding) for finding in findings))
     return 0 if can_run else 3
 
 

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from kvtune.cli.screen import say
+
 __all__ = ["emit"]
 
 
@@ -50,5 +52,5 @@ def emit(
         }))  # fmt: skip
         return
     for warning in warnings[len(emission.warnings) :]:
-        typer.echo(f"kvtune: warning: {warning}", err=True)
-    print(emission.text, end="")
+        say(f"kvtune: warning: {warning}", is_aside=True)
+    say(emission.text, end="")

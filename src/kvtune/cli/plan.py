@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from kvtune.cli.options import Html
+from kvtune.cli.screen import say
 
 
 def plan(
@@ -129,7 +130,7 @@ def plan(
         return
     from kvtune.cli.plan_text import plan_lines
 
-    print("\n".join(plan_lines(result, on_trace, explain=explain)))
+    say("\n".join(plan_lines(result, on_trace, explain=explain)))
 
 
 def _bytes(text: str | None) -> int | None:

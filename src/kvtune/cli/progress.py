@@ -8,6 +8,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Final
 
+from kvtune.printable import one_line
+
 __all__ = ["TimeLeft"]
 
 QUIET_S: Final = 2.0
@@ -44,7 +46,7 @@ class TimeLeft:
             return
         self._next_s = elapsed + (_REDRAW_S if self._is_terminal else _LINE_S)
         minutes, seconds = divmod(round(elapsed * (1 / min(1.0, share) - 1)), 60)
-        line = f"{min(1.0, share):4.0%}  {minutes}:{seconds:02d} left  {what}"
+        line = f"{min(1.0, share):4.0%}  {minutes}:{seconds:02d} left  {one_line(what)}"
         if self._is_terminal:
             print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
             self._is_drawn = True

@@ -9,6 +9,7 @@ from kvtune.printable import printable
 __all__ = ["say"]
 
 
-def say(text: str, *, is_aside: bool = False) -> None:
-    """Print `text` with control characters made visible; `is_aside`: on stderr."""
-    print(printable(text), file=sys.stderr if is_aside else sys.stdout)
+def say(text: str, *, is_aside: bool = False, end: str = "\n") -> None:
+    """Print `text` with control characters made visible; `is_aside`: on stderr. Not for JSON, which is ASCII
+    with escapes of its own."""
+    print(printable(text), file=sys.stderr if is_aside else sys.stdout, end=end)

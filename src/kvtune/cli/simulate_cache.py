@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvtune.cli.options import Html, TraceBlockSize, TraceFormat
+from kvtune.cli.screen import say
 
 if TYPE_CHECKING:
     from kvtune.cache.replay import Replayer
@@ -99,7 +100,10 @@ def cache(
     if html is not None:
         _write_page(html, record, workload)
     most_tenants = len(blocks.tenants) if tenants else _MOST_TENANTS
-    print(json.dumps(record) if as_json else as_text(record, most_tenants=most_tenants))
+    if as_json:
+        print(json.dumps(record))
+    else:
+        say(as_text(record, most_tenants=most_tenants))
 
 
 # -- what was asked --

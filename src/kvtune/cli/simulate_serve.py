@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvtune.cli.options import Html, TraceBlockSize, TraceFormat
+from kvtune.cli.screen import say
 from kvtune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -81,7 +82,10 @@ def serve(
     """Simulate serving a trace: latencies, goodput, hits, preemptions, utilisation, overload."""
     if calibrate is not None:
         facts = _calibrate(calibrate, recipe=recipe, seconds=seconds, out=out)
-        print(json.dumps(facts) if as_json else _calibrated_text(facts))
+        if as_json:
+            print(json.dumps(facts))
+        else:
+            say(_calibrated_text(facts))
         return
     for name, file in (("--html", html), ("--save", save)):
         if file is not None and not file.absolute().parent.is_dir():
@@ -106,7 +110,10 @@ def serve(
         write_atomically(save, json.dumps(detailed, allow_nan=False) + "\n")
     if html is not None:
         _write_page(html, result, replace(recorded, requests=recorded.requests[:num_prompts]))
-    print(json.dumps(result, allow_nan=False) if as_json else _as_text(result))
+    if as_json:
+        print(json.dumps(result, allow_nan=False))
+    else:
+        say(_as_text(result))
 
 
 def _write_page(path: Path, result: dict[str, Any], workload: Workload) -> None:

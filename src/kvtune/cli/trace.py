@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from kvtune.cli.options import TraceBlockSize, TraceFormat
+from kvtune.cli.screen import say
 
 if TYPE_CHECKING:
     from kvtune.workload import Workload
@@ -69,7 +70,7 @@ def stats(
         return
     from kvtune.cli.trace_text import statistics_text
 
-    print(statistics_text(statistics))
+    say(statistics_text(statistics))
 
 
 @trace.command("lint")
@@ -96,7 +97,7 @@ def lint(
     else:
         from kvtune.cli.trace_text import lint_text
 
-        print(lint_text(str(file), report))
+        say(lint_text(str(file), report))
     return 0 if report.is_clean else 1
 
 
@@ -137,7 +138,7 @@ def forecast(
         return
     from kvtune.cli.trace_text import forecast_text
 
-    print(forecast_text(str(file), blocks.block_size, found))
+    say(forecast_text(str(file), blocks.block_size, found))
 
 
 @trace.command("anonymise")
@@ -164,7 +165,7 @@ def anonymise(
     if as_json:
         _print_json({"schema_version": 1, "path": str(file), **written})
         return
-    print(
+    say(
         f"{written['num_requests']:,} requests written to {out} without text\n"
         f"next: kvtune trace {out}"
     )  # fmt: skip
@@ -184,7 +185,7 @@ def _load(file: Path, format_: str, trace_block_size: int | None, limit: int | N
             progress=(lambda share: time_left(share, f"reading {file.name}")) if _is_watched() else None,
         )
     for warning in workload.warnings:
-        print(f"kvtune: warning: {warning}", file=sys.stderr)
+        say(f"kvtune: warning: {warning}", is_aside=True)
     return workload
 
 

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvtune.cli.options import HighValue, Judge
+from kvtune.cli.screen import say
 from kvtune.config import MAX_SEED, EngineConfig, format_bytes, parse_bytes, parse_duration
 from kvtune.errors import UsageError
+from kvtune.printable import one_line
 
 if TYPE_CHECKING:
     from kvtune.recipe import Recipe
@@ -126,7 +128,10 @@ def tune(
             raise KeyboardInterrupt(_interrupted(folder, settings.command)) from None
     write_atomically(folder / "report.html", render(result.record))
     write_atomically(folder / "report.md", render_markdown(result.record))
-    print(json.dumps(result.record, allow_nan=False) if as_json else _as_text(result.record, folder))
+    if as_json:
+        print(json.dumps(result.record, allow_nan=False))
+    else:
+        say(_as_text(result.record, folder))
     return 0
 
 
@@ -198,7 +203,7 @@ def materialised(
         encode=prompt_encoder(model) if needs_text else None,
     )  # fmt: skip
     for note in (*workload.notes, *tokens.notes):
-        typer.echo(f"kvtune: {note}", err=True)
+        say(f"kvtune: {note}", is_aside=True)
     return tokens
 
 
@@ -299,7 +304,7 @@ class _Progress:
 
     def __call__(self, event: ProgressEvent) -> None:
         minutes, seconds = divmod(max(0, round(event.time_left_s)), 60)
-        line = f"{minutes}:{seconds:02d} left  {event.stage}: {event.message}"
+        line = f"{minutes}:{seconds:02d} left  {event.stage}: {one_line(event.message, 400)}"
         if self._status is not None:
             best = "" if event.best is None else f"  (best so far {_codecs(event.best['config'])})"
             self._status.update(line.replace("[", "\\[") + best)
