@@ -167,3 +167,74 @@ def test_a_write_that_fails_half_way_leaves_the_old_file(
 def test_an_absent_folder_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot write"):
         make_recipe().save(tmp_path / "absent" / "recipe.json")
+
+
+# -- a hash is no signature --
+
+
+def agreeing(tmp_path: Path, **changes: object) -> Path:
+    """A recipe somebody edited, hash included. `section__name=value` changes configuration.section.name."""
+    from kvtune.recipe import _content_hash
+
+    data = make_recipe(baseline={"configuration": {"k_codec": "bf16"}}).to_dict()
+    data.pop("content_sha256")
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        if name:
+            data["configuration"][section][name] = value
+        else:
+            data[section] = value
+    path = tmp_path / "edited.json"
+    path.write_text(json.dumps({**data, "content_sha256": _content_hash(data)}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"cache__k_codec": "int4"}, "contradicts itself"),
+        ({"knobs__block_size": 16}, "contradicts itself"),
+        ({"scheduler__max_num_seqs": 9}, "contradicts itself"),
+        ({"cache__first_block_16bit": True}, "contradicts itself"),
+        ({"cache__block_size": 24, "knobs__block_size": 24}, "multiple of 16"),
+        ({"cache__block_size": -16, "knobs__block_size": -16}, "block_size"),
+        ({"cache__block_size": 2**70, "knobs__block_size": 2**70}, "block_size"),
+        ({"cache__block_size": "32", "knobs__block_size": "32"}, "impossible value"),
+        ({"cache__k_codec": ["int8"], "knobs__k_codec": ["int8"]}, "impossible value"),
+        ({"cache__k_codec": "int3", "knobs__k_codec": "int3"}, "unknown KV codec"),
+        ({"cache__v_codec": "nvfp9\n", "knobs__v_codec": "nvfp9\n"}, "unknown KV codec"),
+        ({"cache__layer_codecs": {"-1": ["bf16", "bf16"]}, "knobs__layer_codecs": {"-1": ["bf16", "bf16"]}},
+         "layer"),
+        ({"cache__layer_codecs": {"0": 5}, "knobs__layer_codecs": {"0": 5}}, "layer_codecs"),
+        ({"cache__layer_codecs": [], "knobs__layer_codecs": []}, "layer_codecs"),
+        ({"cache__enable_prefix_caching": "no"}, "impossible value"),
+        ({"cache__kv_budget": -5}, "size"), ({"cache__kv_budget": [1]}, "size"),
+        ({"cache__unheard_of": 1}, "unheard_of"), ({"knobs__unheard_of": 1}, "unheard_of"),
+        ({"engine__dtype": "float7"}, "dtype"), ({"engine__max_model_len": -1}, "max_model_len"),
+        ({"engine__num_threads": 1.5}, "impossible value"), ({"engine__kernel": "/bin/sh"}, "kernel"),
+        ({"baseline": {"configuration": {"k_codec": {}}}}, "baseline.configuration"),
+        ({"baseline": {"configuration": {"rm": "-rf"}}}, "no knob"),
+    ],
+)  # fmt: skip
+def test_settings_that_contradict_themselves_or_nothing_can_take_are_refused(
+    tmp_path: Path, changes: dict[str, object], words: str
+) -> None:
+    with pytest.raises(InputFileError) as caught:
+        Recipe.load(agreeing(tmp_path, **changes))
+    assert words in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_a_device_and_a_name_no_file_has_are_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path / "a\0b", tmp_path / ("x" * 5000)):
+        with pytest.raises(InputFileError):
+            Recipe.load(path)
+
+
+def test_a_file_too_large_is_not_read_into_memory(tmp_path: Path) -> None:
+    path = tmp_path / "huge.json"
+    with path.open("wb") as file:
+        file.truncate(10 * 2**30)  # sparse: ten gigabytes of zeros without a line end
+    with pytest.raises(InputFileError, match="larger than"):
+        Recipe.load(path)

@@ -14,11 +14,11 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Final, Self, cast
 
 from kvtune.config import CacheConfig, EngineConfig, SchedulerConfig
 from kvtune.errors import InputFileError, UsageError
-from kvtune.spec import BLOCK_ALIGN, CODEC_STORAGE
+from kvtune.spec import BLOCK_ALIGN, CODEC_STORAGE, codec_storage
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -33,6 +33,8 @@ SCHEMA_VERSION = 1
 MAX_FILE_BYTES = 64 * 2**20
 """A recipe is some kilobytes; anything far larger is not one, and is not read into memory."""
 
+BLOCK_TOKENS = 16
+MAX_LAYERS = 4096
 VERDICTS = ("PASS", "FAIL", "UNDECIDED", "INERT")
 
 DEFAULT_VOIDED_BY = (
@@ -210,6 +212,8 @@ class Recipe:
             raise InputFileError(
                 f"{source} was changed after it was proven (content hash differs); run `kvtune tune` again"
             )
+        if body["engine"]["name"] == "kvtune":
+            _check_settings(body, source)
         body["voided_by"] = tuple(body["voided_by"])
         return cls(**body)
 
@@ -254,18 +258,22 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        if not path.is_file():
-            found = "a folder" if path.is_dir() else "no such file"
+        if not path.is_file():  # opening a pipe would wait for whoever writes to it
+            found = "a folder" if path.is_dir() else "not a file" if path.exists() else "no such file"
             raise InputFileError(
                 f"cannot read recipe {path}: {found}; give the recipe.json `kvtune tune` wrote"
             )
-        if path.stat().st_size > MAX_FILE_BYTES:
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)  # not what the file said of its size: it may grow
+        if len(content) > MAX_FILE_BYTES:
             raise InputFileError(f"{path} is not a kvtune recipe: larger than {MAX_FILE_BYTES >> 20} MiB")
-        text = path.read_bytes().decode("utf-8")
+        text = content.decode("utf-8")
+    except ValueError as error:
+        if isinstance(error, UnicodeDecodeError):
+            raise InputFileError(f"{path} is not a kvtune recipe: not UTF-8 text") from error
+        raise InputFileError(f"cannot read recipe {str(path)!a}: no file has such a name") from error
     except OSError as error:
         raise InputFileError(f"cannot read recipe {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise InputFileError(f"{path} is not a kvtune recipe: not UTF-8 text") from error
     try:
         data = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -306,6 +314,94 @@ def _check_shape(body: Mapping[str, Any], source: str) -> None:
         )
 
 
+_SECTIONS: Final[Mapping[str, type[CacheConfig] | type[SchedulerConfig] | type[EngineConfig]]] = {
+    "cache": CacheConfig, "scheduler": SchedulerConfig, "engine": EngineConfig,
+}  # fmt: skip
+
+
+_JUDGED: Final = frozenset(("k_codec", "v_codec", "layer_codecs", "key_centring", "first_block_16bit"))
+"""Settings that change answers: what is served must name none that was not judged."""
+
+
+def _check_settings(body: Mapping[str, Any], source: str) -> None:
+    """InputFileError unless our engine could take the settings and they agree with each other.
+
+    A hash is no signature: whoever edits a recipe can make it agree. What is judged (`knobs`) must be what
+    is served (`cache`, `scheduler`).
+    """
+    configuration = body["configuration"]
+    for name, cls in _SECTIONS.items():
+        _check_section(cls, configuration[name], f"{source}: configuration.{name}")
+    baseline = body["baseline"].get("configuration")
+    if isinstance(baseline, dict):
+        _check_knobs(cast("dict[str, Any]", baseline), f"{source}: baseline.configuration")
+    sorted_knobs = _check_knobs(configuration["knobs"], f"{source}: configuration.knobs")
+    defaults = CacheConfig().to_dict()
+    judged = {**{name: defaults[name] for name in _JUDGED}, **sorted_knobs["cache"]}
+    for name, values in (("cache", judged), ("scheduler", sorted_knobs["scheduler"])):
+        for knob, value in values.items():
+            served = configuration[name].get(knob, value if knob not in sorted_knobs[name] else None)
+            if served != value and knob != "kv_budget":
+                raise InputFileError(
+                    f"{source} contradicts itself: configuration.knobs.{knob} is {_short(value)}, "
+                    f"configuration.{name}.{knob} is {_short(served)}"
+                )
+
+
+def _check_knobs(knobs: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The knobs by section; InputFileError for one that no section takes or that has an impossible value."""
+    try:
+        found = configuration_of(knobs)
+    except (TypeError, ValueError) as error:
+        raise InputFileError(f"{where}.layer_codecs must map a layer index to [k, v]") from error
+    unknown = sorted(set(knobs) - set(found["cache"]) - set(found["scheduler"]))
+    if unknown:
+        raise InputFileError(f"{where}: kvtune's engine has no knob {_short(unknown[0])}")
+    for name in ("cache", "scheduler"):
+        _check_section(_SECTIONS[name], found[name], where)
+    return found
+
+
+def _check_section(
+    cls: type[CacheConfig] | type[SchedulerConfig] | type[EngineConfig], data: Mapping[str, Any], where: str
+) -> None:
+    for item in dataclasses.fields(cls):
+        kind = type(item.default)
+        if item.name not in data or item.default is dataclasses.MISSING or item.name == "kv_budget":
+            continue
+        value = data[item.name]
+        is_right = type(value) is kind or (kind is float and type(value) is int)
+        if item.default is None:
+            is_right = value is None or type(value) is int
+        if not is_right:
+            raise InputFileError(f"{where}.{item.name} has the impossible value {_short(value)}")
+    try:
+        settings = cls.from_dict(data)
+        if isinstance(settings, CacheConfig):
+            _check_codecs(settings)
+    except UsageError as error:
+        raise InputFileError(f"{where}: {error}") from error
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise InputFileError(f"{where} is malformed: {_short(str(error))}") from error
+
+
+def _check_codecs(cache: CacheConfig) -> None:
+    """UsageError for a codec there is none of, or a block size that no layout has."""
+    for codec in (
+        cache.k_codec,
+        cache.v_codec,
+        *(name for pair in cache.layer_codecs.values() for name in pair),
+    ):
+        codec_storage(codec)
+    if cache.block_size % BLOCK_TOKENS:
+        raise UsageError(
+            f"block_size {cache.block_size} is no multiple of {BLOCK_TOKENS}, which every layout needs"
+        )
+    wrong = next((layer for layer in cache.layer_codecs if not 0 <= layer < MAX_LAYERS), None)
+    if wrong is not None:
+        raise UsageError(f"layer_codecs names layer {_short(wrong)}, which no model has")
+
+
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = ascii(value)
     return text if len(text) <= 60 else text[:57] + "..."
