@@ -25,7 +25,7 @@ from kvtune.types import SamplingParams, SchedulerOutput
 
 __all__ = ["Calibration", "StepTimer", "calibrate"]
 
-_ROUND_S: Final = 0.4
+_ROUND_S: Final = 0.2
 """Short, so that no kind of load falls into one spell of a machine whose speed drifts."""
 _WARM_UP_S: Final = 1.0
 _LONGEST_ANSWER: Final = 256
@@ -121,6 +121,7 @@ def calibrate(
                 on_progress(spent / seconds)
             load.round(clock, _ROUND_S)
     finally:
+        load.end()
         timer.close()
         engine.configure(original)
         engine.reset_prefix_cache()
@@ -143,7 +144,8 @@ class _Load:
 
     A few long prompts stay in the cache from round to round and head the prompts of each: that gives decodes
     over long contexts, their own or shared, and short prefills behind long cached prefixes, without the time
-    it would take to prefill them. The cache fills up and evicts as a server's does.
+    it would take to prefill them. Half of the requests stay too. The cache fills up and evicts as a server's
+    does.
     """
 
     def __init__(self, engine: Engine, timer: StepTimer, rng: np.random.Generator) -> None:
@@ -154,23 +156,34 @@ class _Load:
         self._capacity = engine.arena_plan.capacity_tokens
         self._longest = max(8, engine.max_model_len - _LONGEST_ANSWER)
         self._heads = [self._tokens(self._longest) for _ in range(_NUM_HEADS)]
+        self._live: list[str] = []
         self._ids = itertools.count()
 
     def round(self, clock: Callable[[], float], seconds: float) -> None:
         engine = self._engine
-        budget = max(16, round(self._config.max_num_batched_tokens * 2.0 ** -self._rng.integers(0, 4)))
+        fewer = max(0.0, self._rng.uniform(-3.0, 3.0))  # half of the rounds have the engine's own budget
+        budget = max(16, round(self._config.max_num_batched_tokens * 2.0**-fewer))
         engine.configure(replace(self._config, max_num_batched_tokens=budget))
         mix = self._mix(min(self._config.max_num_seqs, budget))
+        self._keep(mix.concurrency // 2)
         end = clock() + seconds
-        live: set[str] = set()
         while clock() < end:
-            while len(live) < mix.concurrency:
-                live.add(self._send(mix))
+            while len(self._live) < mix.concurrency:
+                self._live.append(self._send(mix))
             self._timer.step()
-            live = {request_id for request_id in live if engine.is_unfinished(request_id)}
-        for request_id in live:
-            engine.abort(request_id)
-        engine.discard_outputs()
+            self._live = [request_id for request_id in self._live if engine.is_unfinished(request_id)]
+
+    def end(self) -> None:
+        """End all requests."""
+        self._keep(0)
+
+    def _keep(self, most: int) -> None:
+        """End all but `most` of the requests under way, drawn at random."""
+        self._rng.shuffle(self._live)
+        for request_id in self._live[most:]:
+            self._engine.abort(request_id)
+        del self._live[most:]
+        self._engine.discard_outputs()
 
     def _mix(self, most: int) -> _Mix:
         """Prompts as long as fit: the heads once, and what each request has of its own."""
