@@ -9,7 +9,8 @@ fidelity: a figure (p50 and p95 of TTFT, TPOT and E2E) passes when it is within 
 the engine runs) of their median.
 fit: step times are predicted within 8 % (mean absolute error) on batch shapes kept out of the fit;
 `as_served` compares the steps of the runs themselves.
-speed: 10,000 requests simulated, with --trace by a public trace's lengths.
+speed: 10,000 requests simulated, with --trace by a public trace's lengths; a roofline's step times serve
+where no workload was measured in the same call.
 
 Results are kept in OUT after every workload; a later call measures only what is missing or named by --only.
 `--clock cpu` counts this process's CPU time instead of wall time: for machines that others use as well.
@@ -38,6 +39,7 @@ from kvtune.engine.load import LoadedModel, load_model
 from kvtune.engine.target import RunningEngine
 from kvtune.errors import KVTuneError
 from kvtune.host import read_host
+from kvtune.sched.shape import SHAPE_COLUMNS
 from kvtune.sim import (
     CostModel,
     FitError,
@@ -219,8 +221,10 @@ def compare(runs: list[dict[str, float]], simulated: dict[str, float]) -> dict[s
     return rows
 
 
-def measure(loaded: LoadedModel, name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Everything about one workload."""
+def measure(
+    loaded: LoadedModel, name: str, args: argparse.Namespace
+) -> tuple[dict[str, Any], FittedCost, dict[str, Any]]:
+    """Everything about one workload, the cost model fitted meanwhile, and the measured steps themselves."""
     clock = Clock(args.clock)
     plans, capacity = plan(loaded, name, clock, args)
     runs: dict[float, list[LoadReport]] = {load: [] for load in LOADS}
@@ -236,17 +240,17 @@ def measure(loaded: LoadedModel, name: str, args: argparse.Namespace) -> dict[st
             runs[load].append(run_engine(loaded, requests, clock, served))
     cost = cost_of(slices.to_dict())
     shapes, seconds = np.array(served.shapes), np.array(served.seconds)
-    return {
+    found = {
         "requests": len(plans[LOADS[0]]),
         "capacity_rps": capacity,
         "fit": cost.to_dict(),
         "as_served": FitError.of(*of_equal_shapes(cost, shapes, seconds)).to_dict(),
-        "level_as_served": float(cost.seconds(shapes).sum() / seconds.sum()),
-        "calibration": slices.to_dict(),
+        "level_as_served": levels_of(cost, shapes, seconds),
         "loads": {
             str(load): fidelity(loaded, load * capacity, plans[load], runs[load], cost) for load in LOADS
         },
     }
+    return found, cost, {"calibration": slices.to_dict(), "served": served.to_dict()}
 
 
 def plan(
@@ -264,6 +268,24 @@ def plan(
     requests = draw(max(20, round(args.run_s * LOADS[0] * capacity)))
     capacity = len(requests) / run_engine(loaded, requests, clock).duration_s
     return {load: arriving(requests, load * capacity, args.seed) for load in LOADS}, capacity
+
+
+def levels_of(cost: FittedCost, shapes: np.ndarray, seconds: np.ndarray) -> dict[str, float]:
+    """Predicted over measured time, of all steps of the runs and by their kind; stalls count threefold."""
+    predicted = cost.seconds(shapes)
+    measured = np.minimum(seconds, 3.0 * predicted)
+    decodes, prefills = shapes[:, 0], shapes[:, 1]
+    kinds = {
+        "all": decodes >= 0, "decode_1": (decodes == 1) & (prefills == 0),
+        "decode_2_to_4": (decodes > 1) & (decodes < 5) & (prefills == 0),
+        "decode_5_up": (decodes > 4) & (prefills == 0), "prefill": (decodes == 0) & (prefills > 0),
+        "mixed": (decodes > 0) & (prefills > 0),
+    }  # fmt: skip
+    return {
+        kind: float(predicted[rows].sum() / measured[rows].sum())
+        for kind, rows in kinds.items()
+        if rows.any()
+    }
 
 
 def of_equal_shapes(
@@ -293,6 +315,11 @@ def fidelity(
         },
         "busy": simulated.busy_s / simulated.duration_s,
     }
+
+
+def is_current(found: dict[str, Any]) -> bool:
+    """Whether a workload was measured with today's columns of a step's shape."""
+    return SHAPE_COLUMNS[-1] in found["fit"]["coefficients"]
 
 
 def cost_of(data: dict[str, Any]) -> FittedCost:
@@ -347,6 +374,8 @@ def show(report: dict[str, Any]) -> None:
             f"times off by {error['mean_absolute']:.1%} on {error['num_shapes']} shapes kept out of the fit "
             f"(limit 8 %), by {served['mean_absolute']:.1%} on {served['num_shapes']} shapes of the runs"
         )
+        levels = ", ".join(f"{kind} {level:.3f}" for kind, level in found["level_as_served"].items())
+        print(f"  predicted over measured time of the runs' steps: {levels}")
         for load, row in found["loads"].items():
             for figure, cell in row["figures"].items():
                 verdict = "ok" if cell["passes"] else "MISSES"
@@ -387,12 +416,14 @@ def main() -> int:
     )
     parser.add_argument("--calibration-s", type=float, default=9.0, help="of each slice of calibration")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--raw", type=Path, help="folder for every measured step, by workload")
     args = parser.parse_args()
     torch.set_num_threads(1)
     loaded = load_model(args.model or reference_model_path(), EngineConfig())
     report: dict[str, Any] = {"workloads": {}, "speed": []}
     if args.json.exists():
         report = json.loads(args.json.read_text())
+        report["workloads"] = {k: v for k, v in report["workloads"].items() if is_current(v)}
     report |= {"benchmark": "simulate", "clock": args.clock, "runs": args.runs}
     report["hardware"] = read_host().to_dict()
 
@@ -400,14 +431,15 @@ def main() -> int:
         report["load_average"] = os.getloadavg()[0]
         args.json.write_text(json.dumps(report) + "\n")
 
+    cost: FittedCost | None = None
     for name in WORKLOADS:
         if args.only == name or (args.only is None and name not in report["workloads"]):
-            report["workloads"][name] = measure(loaded, name, args)
+            report["workloads"][name], cost, steps = measure(loaded, name, args)
             keep()
+            if args.raw is not None:
+                args.raw.mkdir(parents=True, exist_ok=True)
+                (args.raw / f"{name}.json").write_text(json.dumps(steps))
     if args.only == "speed" or (args.only is None and not report["speed"]):
-        cost = (
-            cost_of(next(iter(report["workloads"].values()))["calibration"]) if report["workloads"] else None
-        )
         report["speed"] = [speed(loaded, cost, trace) for trace in dict.fromkeys((None, args.trace))]
         keep()
     show(report)
