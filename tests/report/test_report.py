@@ -25,10 +25,13 @@ def test_the_decision_comes_first_and_equals_the_record() -> None:
     page = render(sample_result())
     assert shown(page, "verdict")[0] == "PASS"
     assert shown(page, "winner-bytes-per-token") == ("1,056 B", 1056.0)
-    assert shown(page, "baseline-bytes-per-token") == ("2,048 B", 2048.0)
+    assert shown(page, "baseline-bytes-per-token") == ("baseline 2,048 B", 2048.0)
     assert shown(page, "bytes-saved")[0] == "48.4 % fewer"
-    assert shown(page, "held-winner")[0] == "37 (baseline 19)"
-    assert page.index('data-testid="verdict"') < page.index('data-testid="gain.tpot_s"')
+    assert shown(page, "held-winner") == ("37", 37.4)
+    assert shown(page, "held-winner-bounds")[0] == "37 (35 to 39, n = 320)"
+    assert shown(page, "held-baseline")[0] == "baseline 19 (18 to 20, n = 320)"
+    assert "Hold 37 requests instead of 19 in 1 GiB of KV cache" in page
+    assert page.index('data-testid="verdict"') < page.index('data-testid="gain.tpot_s.mean"')
 
 
 def test_every_gain_and_metric_equals_the_record() -> None:

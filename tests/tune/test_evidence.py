@@ -14,7 +14,7 @@ from kvtune.quality import Slo, kl_by_position
 from kvtune.quality.divergence import TokenDivergence
 from kvtune.target import LoadReport, LoadResult, MemoryMoment
 from kvtune.tune import TuneSettings, run
-from kvtune.tune.ablation import Ablation
+from kvtune.tune.ablation import Ablation, importance
 from kvtune.tune.evidence import AnswerPair, answer_record
 from kvtune.tune.held import held_in, within_slo
 from kvtune.tune.pace import Pace
@@ -97,6 +97,21 @@ def test_a_trial_that_was_never_measured_is_measured() -> None:
 def test_seconds_set_aside_stay_within_a_tenth_of_the_budget() -> None:
     assert ablation(100.0, [], []).cost_s({"k": "b", "v": "b", "size": "b"}) == pytest.approx(10.0)
     assert ablation(1000.0, [], []).cost_s({"k": "b", "v": "a", "size": "a"}) == pytest.approx(25.0)
+
+
+def test_a_setting_that_decides_a_result_explains_its_spread() -> None:
+    rng = np.random.default_rng(0)
+    trials = [
+        Trial(number=i, config={"codec": c, "seqs": s, "fixed": 1}, status=Status.COMPLETE,
+              metrics={"kv_bytes_per_token": {"a": 100.0, "b": 50.0}[c],
+                       "tpot_s": {"mean": s / 10 + rng.normal(0, 0.01)}})
+        for i, (c, s) in enumerate([(c, s) for c in "ab" for s in (1, 2, 3)] * 3)
+    ]  # fmt: skip
+    found = {row["setting"]: row for row in importance(trials)}
+    assert set(found) == {"codec", "seqs"}
+    assert found["codec"]["bytes"] == pytest.approx(1.0) and found["codec"]["tpot"] < 0.05
+    assert found["seqs"]["bytes"] == pytest.approx(0.0) and found["seqs"]["tpot"] > 0.95
+    assert found["codec"]["kl"] is None
 
 
 def test_requests_held_carry_bounds_that_hold_the_value(found: Any) -> None:

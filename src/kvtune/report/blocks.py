@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from kvtune.report.record import NOT_RECORDED, Figure, show, show_interval, show_number
+from kvtune.report.record import NOT_RECORDED, Figure, Place, figure, show, show_interval, show_number
 
 Tone = Literal["", "good", "bad", "warn", "muted"]
 Kind = Literal["baseline", "winner", "passed", "failed", "other"]
@@ -23,6 +23,8 @@ class Cell:
     raw: Any = None
     test_id: str = ""
     tone: Tone = ""
+    pointer: str = ""
+    """JSON pointer into the record behind the page."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,44 @@ class Facts:
 
     items: tuple[tuple[str, Cell], ...]
     is_headline: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """One number that people act on, with what it is compared with underneath."""
+
+    label: str
+    main: Cell
+    notes: tuple[Cell, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Cards:
+    """Numbers side by side, the most important first."""
+
+    items: tuple[Card, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A stretch of one of two texts; `is_changed`: not in the other one."""
+
+    text: str
+    is_changed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SideBySide:
+    """Two texts with their differences marked; `facts` say what they are of, `intro` is folded away."""
+
+    title: Cell
+    facts: tuple[tuple[str, Cell], ...]
+    left_name: str
+    right_name: str
+    left: tuple[Piece, ...]
+    right: tuple[Piece, ...]
+    intro_name: str = ""
+    intro: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,8 +215,41 @@ class Bars:
     y_unit: str = ""
 
 
-Figures = Scatter | Intervals | Lines | Bars
-Block = Paragraph | Facts | Table | Bullets | Code | Scatter | Intervals | Lines | Bars
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One upright axis of a parallel figure: `names` of a setting's values from the bottom up, or, without
+    names, numbers in `unit`."""
+
+    label: str
+    names: tuple[str, ...] = ()
+    unit: str = ""
+    is_log: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Strand:
+    """One trial through all axes: a number or the index of a name per axis, None where it has none."""
+
+    values: tuple[float | None, ...]
+    kind: Kind
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Parallel:
+    """Parallel coordinates (Inselberg 1985): each trial a line through its settings and its results."""
+
+    title: str
+    axes: tuple[Axis, ...]
+    strands: tuple[Strand, ...]
+    summary: str
+
+
+Figures = Scatter | Intervals | Lines | Bars | Parallel
+Block = (
+    Paragraph | Facts | Cards | Table | Bullets | Code | SideBySide
+    | Scatter | Intervals | Lines | Bars | Parallel
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,3 +285,14 @@ def figure_cell(shown: Figure, unit: str = "", *, test_id: str = "", tone: Tone 
 def verdict_cell(verdict: Any, test_id: str = "") -> Cell:
     """A verdict in its tone."""
     return cell(verdict, test_id=test_id, tone=VERDICT_TONES.get(str(verdict), ""))
+
+
+def placed(place: Place, unit: str = "", *, test_id: str = "", tone: Tone = "") -> Cell:
+    """A cell that shows a value of the record and knows where it stands."""
+    return replace(cell(place.value, unit, test_id=test_id, tone=tone), pointer=place.pointer)
+
+
+def placed_figure(place: Place, unit: str = "", *, test_id: str = "", tone: Tone = "") -> Cell:
+    """A number with its interval and n, where recorded; knows where it stands."""
+    shown = figure_cell(figure(place.value), unit, test_id=test_id, tone=tone)
+    return replace(shown, pointer=place.pointer)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from html import escape
 
 from kvtune.report.blocks import Interval, Intervals, Kind, Point, Scatter
-from kvtune.report.record import show_number
+from kvtune.report.record import tick_text
 
 WIDTH = 560
 HEIGHT = 360
@@ -95,7 +95,7 @@ def scatter_svg(chart: Scatter) -> str:
     parts += [
         _marker(point, x_axis.place(point.x), y_axis.place(point.y)) for point in _drawing_order(chart.points)
     ]
-    parts += _labels(chart.points, x_axis, y_axis)
+    parts += _labels(chart, x_axis, y_axis)
     return svg_figure(chart.title, HEIGHT, parts) + _legend(chart.points)
 
 
@@ -132,11 +132,11 @@ def _frame(chart: Scatter, x_axis: Axis, y_axis: Axis) -> str:
     for tick in y_axis.ticks():
         y = y_axis.place(tick)
         parts.append(svg_line(_LEFT, y, WIDTH - _RIGHT, y, "grid"))
-        parts.append(svg_text(_LEFT - 8, y + 4, show_number(tick, chart.y_unit), anchor="end"))
+        parts.append(svg_text(_LEFT - 8, y + 4, tick_text(tick, chart.y_unit), anchor="end"))
     for tick in x_axis.ticks():
         x = x_axis.place(tick)
         parts.append(svg_line(x, HEIGHT - _BOTTOM, x, HEIGHT - _BOTTOM + 5, "axis"))
-        parts.append(svg_text(x, HEIGHT - _BOTTOM + 19, show_number(tick, chart.x_unit)))
+        parts.append(svg_text(x, HEIGHT - _BOTTOM + 19, tick_text(tick, chart.x_unit)))
     parts.append(svg_line(_LEFT, HEIGHT - _BOTTOM, WIDTH - _RIGHT, HEIGHT - _BOTTOM, "axis"))
     parts.append(svg_text((_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 12, chart.x_label, "label"))
     middle = (HEIGHT - _BOTTOM + _TOP) / 2
@@ -203,10 +203,14 @@ _SHAPES: Mapping[str, Callable[[float, float], str]] = {
 }
 
 
-def _labels(points: Sequence[Point], x_axis: Axis, y_axis: Axis) -> list[str]:
+def _labels(chart: Scatter, x_axis: Axis, y_axis: Axis) -> list[str]:
     """One label per distinct name, the most important point's, where it covers no other label or marker."""
+    points = chart.points
     markers = [(x_axis.place(p.x), y_axis.place(p.y)) for p in points]
     taken: list[tuple[float, float, float, float]] = [(x - 7, y - 7, x + 7, y + 7) for x, y in set(markers)]
+    if chart.limit is not None:
+        y, width = y_axis.place(chart.limit), 6.6 * len(chart.limit_label)
+        taken.append((WIDTH - _RIGHT - 4 - width, y - 18, WIDTH - _RIGHT, y + 2))
     parts: list[str] = []
     named: set[str] = set()
     for point in reversed(_drawing_order(points)):
@@ -243,7 +247,11 @@ def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float,
 
 
 def _legend(points: Sequence[Point]) -> str:
-    kinds: list[Kind] = [kind for kind in _KIND_NAMES if any(point.kind == kind for point in points)]
+    return kind_legend([kind for kind in _KIND_NAMES if any(point.kind == kind for point in points)])
+
+
+def kind_legend(kinds: Sequence[Kind]) -> str:
+    """Marker and name of each kind of trial."""
     items = "".join(
         f'<li><svg viewBox="0 0 24 24" width="16" height="16" aria-hidden="true">'
         f"{_marker(Point(0, 0, '', kind, _KIND_NAMES[kind]), 12, 12)}</svg>{_KIND_NAMES[kind]}</li>"
@@ -262,7 +270,7 @@ def intervals_svg(chart: Intervals) -> str:
     axis = linear_axis(edges, left, WIDTH - 28, from_zero=False)
     bottom = height - 46
     parts = [svg_line(axis.place(t), top - 6, axis.place(t), bottom, "grid") for t in axis.ticks()]
-    parts += [svg_text(axis.place(tick), bottom + 17, show_number(tick)) for tick in axis.ticks()]
+    parts += [svg_text(axis.place(tick), bottom + 17, tick_text(tick)) for tick in axis.ticks()]
     x = axis.place(chart.reference)
     parts += [
         svg_line(x, top - 8, x, bottom, "limit"),

@@ -13,7 +13,7 @@ from html import escape
 
 from kvtune.report.blocks import Bars, Lines, Mark, Series
 from kvtune.report.charts import WIDTH, Axis, svg_figure, svg_line, svg_text
-from kvtune.report.record import show_number
+from kvtune.report.record import tick_text
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 78, 18, 16, 54
 _TALL, _FLAT = 330, 190
@@ -105,7 +105,7 @@ def _x_ticks(axis: Axis, unit: str) -> list[float]:
 
 
 def _tick_text(tick: float, unit: str) -> str:
-    return show_number(tick, unit) if tick else "0"
+    return tick_text(tick, unit)
 
 
 def _rows(y_axis: Axis, unit: str) -> str:

@@ -47,6 +47,34 @@ def find(record: Any, *paths: str) -> Any:
     return None
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A value of a record and the JSON pointer (RFC 6901) that leads to it; absent values are None."""
+
+    value: Any
+    pointer: str = ""
+
+    def at(self, *keys: str | int) -> Place:
+        """Down through mappings by name and lists by index."""
+        value, pointer = self.value, self.pointer
+        for key in keys:
+            if isinstance(key, int):
+                inside = as_sequence(value)
+                value = inside[key] if 0 <= key < len(inside) else None
+            else:
+                value = as_mapping(value).get(key)
+            pointer += "/" + str(key).replace("~", "~0").replace("/", "~1")
+        return Place(value, pointer)
+
+    def items(self) -> list[tuple[str, Place]]:
+        """Members of a mapping, in order."""
+        return [(str(key), self.at(str(key))) for key in as_mapping(self.value)]
+
+    def elements(self) -> list[Place]:
+        """Elements of a list, in order."""
+        return [self.at(index) for index in range(len(as_sequence(self.value)))]
+
+
 def number(value: Any) -> float | None:
     """A finite int or float, else None; booleans are not numbers."""
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -99,12 +127,14 @@ def show_number(value: float, unit: str = "") -> str:
         return _bytes(value)
     if unit == "ratio":
         return f"{_digits(value)}x"
+    if unit == "share":
+        return f"{100 * value:.1f} %"
     return f"{_digits(value)} {unit}".rstrip()
 
 
 def _bytes(value: float) -> str:
     for size, prefix in _PREFIXES:
-        if abs(value) >= 10 * size:
+        if abs(value) >= 10 * size or (size >= 2**30 and value and value % size == 0):
             return f"{_digits(value / size)} {prefix}"
     return f"{_digits(value)} B"
 
@@ -118,6 +148,21 @@ def _digits(value: float) -> str:
         decimals = max(0, 3 - math.floor(math.log10(abs(value))))
         return f"{value:,.{decimals}f}"
     return f"{value:.3g}"
+
+
+def tick_text(value: float, unit: str = "") -> str:
+    """A round number beside an axis: no digits that are zero."""
+    scaled, name = (
+        (value * 1000, " ms") if unit == "s" and abs(value) < 1 else (value, f" {unit}" if unit else "")
+    )
+    if unit == "bytes":
+        return _bytes(value)
+    text = (
+        f"{scaled:,.10f}".rstrip("0").rstrip(".")
+        if 1e-6 <= abs(scaled) < 1e9 or not scaled
+        else f"{scaled:g}"
+    )
+    return (text if value else "0") + (name if value else "")
 
 
 def show_interval(shown: Figure, unit: str = "") -> str:
@@ -137,6 +182,8 @@ def unit_of(metric: str) -> str:
         return "bytes"
     if metric.endswith("_s") and not metric.endswith("per_s"):
         return "s"
+    if metric.endswith("hit_rate"):
+        return "share"
     return ""
 
 
@@ -145,7 +192,8 @@ _LABELS = {
     "ttft_s": "TTFT", "itl_s": "ITL", "e2e_s": "end to end", "kl": "KL", "flips": "top-1 flips",
     "delta_nll": "delta NLL", "num_slo_met": "requests within SLO", "num_requests": "requests",
     "num_failed": "failed requests", "duration_s": "duration", "output_tokens_per_s": "output tokens per s",
-    "num_cached_tokens": "cached prompt tokens",
+    "num_cached_tokens": "cached prompt tokens", "device_hit_rate": "prefix hit rate, device tier",
+    "recomputed_tokens": "tokens recomputed", "preemptions": "preemptions", "goodput": "goodput per s",
 }  # fmt: skip
 
 

@@ -5,11 +5,12 @@ STYLE = """
 :root{--bg:#fff;--panel:#f5f6f8;--ink:#1b1f24;--soft:#59636e;--line:#d5dae0;--link:#0b5cad;
 --good:#00694c;--bad:#a83a00;--warn:#7a5200;--mark:#0072b2;--passed:#009e73;--failed:#d55e00;
 --other:#8a6d00;
---winner:#cc79a7;--winner-edge:#7d2f5a}
+--winner:#cc79a7;--winner-edge:#7d2f5a;--del:#fbdccb;--ins:#cdeee2}
 @media (prefers-color-scheme:dark){:root{--bg:#14171b;--panel:#1e2329;--ink:#e6e9ed;--soft:#a3adb8;
 --line:#39424c;
 --link:#7cc0ff;--good:#4fd0a5;--bad:#ff9a66;--warn:#f0c35a;--mark:#56b4e9;--passed:#3fc59d;--failed:#ff8a4d;
---other:#d9b84a;--winner:#e79fc5;--winner-edge:#f7d3e6}}
+--other:#d9b84a;--winner:#e79fc5;--winner-edge:#f7d3e6;
+--del:#5c2f18;--ins:#12483a}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--ink);
 font:15px/1.5 system-ui,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
@@ -29,13 +30,26 @@ li{overflow-wrap:anywhere}
 p.bad,p.warn,p.good{font-weight:400;color:var(--ink);border-left:4px solid var(--line);
 padding:4px 0 4px 12px}
 p.bad{border-color:var(--bad)}p.warn{border-color:var(--warn)}p.good{border-color:var(--good);
-font-size:18px}
+font-size:17px}
 dl{margin:12px 0}
 dd{margin:0;overflow-wrap:anywhere}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(160px,1fr));gap:12px}
 .cards div{background:var(--panel);border:1px solid var(--line);border-radius:8px;padding:12px 14px}
 .cards dt{color:var(--soft);font-size:13px}
 .cards dd{font-size:18px;line-height:1.35;margin-top:3px;font-variant-numeric:tabular-nums}
+.cards .note{color:var(--soft);font-size:13px;font-weight:400;line-height:1.4;margin-top:2px}
+.cards dd:first-of-type{font-weight:600}
+.inline{display:flex;flex-wrap:wrap;gap:2px 20px;margin:2px 0 8px;font-size:14px}
+.inline div{display:flex;gap:6px}.inline dt{color:var(--soft)}
+.pair{border:1px solid var(--line);border-radius:8px;padding:12px 14px;margin:16px 0}
+.pair h3{margin:0 0 4px;font-size:15px;overflow-wrap:anywhere}
+.sides{display:grid;grid-template-columns:1fr 1fr;gap:14px}
+.sides div{min-width:0}
+.sides h4{margin:0 0 4px;color:var(--soft);font-size:13px;font-weight:600}
+.sides p{margin:0;background:var(--panel);border-radius:6px;padding:8px 10px;white-space:pre-wrap;
+font:13px/1.55 ui-monospace,"DejaVu Sans Mono",monospace;max-width:none}
+del,ins{text-decoration-thickness:2px;border-radius:3px;padding:0 1px}
+del{background:var(--del);text-decoration:line-through}ins{background:var(--ins);text-decoration:underline}
 .facts div{display:grid;grid-template-columns:minmax(150px,260px) 1fr;gap:2px 18px;padding:5px 0;
 border-bottom:1px solid var(--line)}
 .facts dt{color:var(--soft)}
@@ -58,6 +72,14 @@ figcaption{font-weight:600;margin-bottom:6px}
 svg text{fill:var(--ink);font-size:12px;font-family:inherit}
 svg .tick{fill:var(--soft);font-size:12px}svg .label{font-size:13px}
 svg .point,svg .row{font-size:12px}svg .limit-text{fill:var(--bad)}
+.wide{grid-column:1/-1}
+.drawing>svg.wide{max-width:none;min-width:900px}
+.strand{fill:none;stroke-width:1.6;stroke-linejoin:round}
+.s-failed{stroke:var(--failed);opacity:.5}.s-other{stroke:var(--other);opacity:.6;stroke-dasharray:4 3}
+.s-passed{stroke:var(--passed);stroke-width:2}
+.s-baseline{stroke:var(--ink);stroke-width:2.4;stroke-dasharray:8 3}
+.s-winner{stroke:var(--winner-edge);stroke-width:3.4}
+svg .halo{paint-order:stroke;stroke:var(--panel);stroke-width:4px;stroke-linejoin:round}
 .grid{stroke:var(--line);stroke-width:1}.axis{stroke:var(--soft);stroke-width:1}
 .limit{stroke:var(--bad);stroke-width:1.6;stroke-dasharray:6 4}
 .front{fill:none;stroke:var(--mark);stroke-width:1.5;opacity:.75}
@@ -83,6 +105,7 @@ svg .point,svg .row{font-size:12px}svg .limit-text{fill:var(--bad)}
 .legend{display:flex;flex-wrap:wrap;gap:4px 16px;list-style:none;margin:8px 0 0;padding:0;font-size:13px}
 .legend li{display:flex;align-items:center;gap:5px}
 @media (max-width:520px){.drawing>svg.shrinks{min-width:0}svg.shrinks text{font-size:17px}}
+@media (max-width:720px){.sides{grid-template-columns:1fr}}
 @media (max-width:720px){header,main{padding:0 14px}.facts div{grid-template-columns:1fr}h1{font-size:21px}}
 @media print{body{font-size:12px}.scroll,.drawing{overflow:visible}nav{display:none}}
 """.strip()

@@ -1,30 +1,40 @@
-"""The trials of a study: two figures (bytes against damage, bytes against time per token) and one table."""
+"""The trials of a study: bytes against damage, bytes against time, parallel coordinates, and one table."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from kvtune.report import record
+from kvtune.report.blocks import (
+    Axis as ParallelAxis,
+)
 from kvtune.report.blocks import (
     Block,
     Cell,
     Kind,
     Paragraph,
+    Parallel,
     Point,
     Scatter,
     Section,
+    Strand,
     Table,
     cell,
     figure_cell,
+    placed,
     verdict_cell,
 )
-from kvtune.report.record import Figure, as_mapping, as_sequence, figure, find, number
+from kvtune.report.record import Figure, Place, as_mapping, as_sequence, figure, find, number
 
 BYTES_PATHS = ("metrics.kv_bytes_per_token", "kv_bytes_per_token")
 TPOT_PATHS = ("metrics.tpot_s", "metrics.tpot", "tpot_s")
 KL_PATHS = ("quality.metrics.kl.excess", "quality.metrics.kl", "quality.kl", "metrics.kl", "kl")
 MAX_ROWS = 2000
+MAX_VALUES = 12
+"""Values of a setting that an axis has room for; a table per layer has more and is left out."""
 
 
 def trials_section(result: Mapping[str, Any]) -> Section:
@@ -32,13 +42,30 @@ def trials_section(result: Mapping[str, Any]) -> Section:
     trials = [as_mapping(trial) for trial in as_sequence(find(result, "trials"))]
     if not trials:
         return Section("Trials", (Paragraph(record.NOT_RECORDED, "warn"),))
-    blocks: list[Block] = [_damage_figure(result, trials), _time_figure(result, trials)]
-    rows = tuple(_row(result, trial) for trial in trials[:MAX_ROWS])
+    places = Place(result).at("trials").elements()
+    blocks: list[Block] = [
+        Paragraph(_summary(result, trials)),
+        _damage_figure(result, trials),
+        _time_figure(result, trials),
+        _parallel(result, trials),
+    ]
+    rows = tuple(_row(result, place) for place in places[:MAX_ROWS])
     headers = ("Trial", "Configuration", "Status", "KV bytes/token", "KL, upper bound", "TPOT", "Reason")
     blocks.append(Table(f"All {len(trials)} trials, in the order they ran", headers, rows))
     if len(trials) > MAX_ROWS:
         blocks.append(Paragraph(f"{len(trials) - MAX_ROWS} more stand in trials.jsonl.", "warn"))
     return Section("Trials", tuple(blocks))
+
+
+def _summary(result: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> str:
+    """How the trials ended, in a sentence."""
+    ends = Counter(record.show(trial.get("status")) for trial in trials)
+    counts = ", ".join(f"{count} {status}" for status, count in ends.most_common())
+    return (
+        f"{len(trials)} configurations ({counts}). On the search half of the requests; what is decided is "
+        "measured again on the other half. The line is the Pareto front: nothing that passed is "
+        "better in both."
+    )
 
 
 def trial_kl(trial: Mapping[str, Any]) -> float | None:
@@ -93,7 +120,7 @@ def _damage_figure(result: Mapping[str, Any], trials: Sequence[Mapping[str, Any]
     points = _points(result, trials, trial_kl)
     return Scatter(
         "Size against damage", "KV bytes per token", "mean KL, upper bound (nats)", points,
-        limit=limit, limit_label=f"margin {record.show(limit)}", is_log_y=True,
+        limit=limit, limit_label=f"margin {record.tick_text(limit or 0.0)}", is_log_y=True, has_front=True,
     )  # fmt: skip
 
 
@@ -107,21 +134,75 @@ def _tpot_ms(trial: Mapping[str, Any]) -> float | None:
     return None if seconds is None else seconds * 1000
 
 
+def _parallel(result: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> Parallel:
+    """Settings that took more than one value, then bytes, KL and TPOT."""
+    configs = [as_mapping(trial.get("config")) for trial in trials]
+    names = {
+        key: _values([c.get(key) for c in configs]) for key in dict.fromkeys(k for c in configs for k in c)
+    }
+    varied = {key: values for key, values in names.items() if 1 < len(values) <= MAX_VALUES}
+    axes = (
+        *(ParallelAxis(key, values) for key, values in varied.items()),
+        ParallelAxis("KV bytes/token"), ParallelAxis("KL, upper bound", is_log=True),
+        ParallelAxis("TPOT", unit="s"),
+    )  # fmt: skip
+    strands = tuple(
+        Strand(
+            (*(_index(values, config.get(key)) for key, values in varied.items()),
+             figure(find(trial, *BYTES_PATHS)).value, trial_kl(trial), trial_tpot(trial).value),
+            _kind(result, trial),
+            f"trial {record.show(_number(trial))}: {record.long_config(config)}: {_status(trial)}",
+        )
+        for trial, config in zip(trials, configs, strict=True)
+    )  # fmt: skip
+    summary = (
+        f"{len(strands)} trials through {', '.join(varied) or 'no setting that varied'} and their results"
+    )
+    return Parallel("Settings and results of all trials", axes, strands, summary)
+
+
+def _values(found: Sequence[Any]) -> tuple[str, ...]:
+    """Distinct values as texts, numbers in order, others as they came."""
+    kept = [value for value in found if value is not None]
+    if all(number(value) is not None for value in kept):
+        kept = sorted(kept)
+    return tuple(dict.fromkeys(record.show(value) for value in kept))
+
+
+def _index(values: Sequence[str], value: Any) -> float | None:
+    text = record.show(value)
+    return float(values.index(text)) if text in values else None
+
+
 def _number(trial: Mapping[str, Any]) -> Any:
     return find(trial, "number", "trial", "id")
 
 
-def _row(result: Mapping[str, Any], trial: Mapping[str, Any]) -> tuple[Cell, ...]:
+def _row(result: Mapping[str, Any], place: Place) -> tuple[Cell, ...]:
+    trial = as_mapping(place.value)
     kind = _kind(result, trial)
     label = record.show(_number(trial)) + (f" ({kind})" if kind in ("baseline", "winner") else "")
     prefix = f"trial.{record.show(_number(trial))}"
     kl = trial_kl(trial)
     return (
-        Cell(label),
-        Cell(record.long_config(trial.get("config")), test_id=f"{prefix}.config"),
+        Cell(label, pointer=place.pointer),
+        Cell(_changes(result, trial), test_id=f"{prefix}.config", pointer=place.at("config").pointer),
         verdict_cell(_status(trial), f"{prefix}.status"),
-        figure_cell(figure(find(trial, *BYTES_PATHS)), "bytes", test_id=f"{prefix}.bytes"),
-        cell(kl, test_id=f"{prefix}.kl"),
-        figure_cell(trial_tpot(trial), "s", test_id=f"{prefix}.tpot"),
-        cell(find(trial, "reason", "quality.reason", "error")),
+        placed(place.at("metrics", "kv_bytes_per_token"), "bytes", test_id=f"{prefix}.bytes"),
+        Cell("the reference")
+        if kind == "baseline" and kl is None
+        else replace(cell(kl, test_id=f"{prefix}.kl"), pointer=place.at("quality").pointer),
+        replace(
+            figure_cell(trial_tpot(trial), "s", test_id=f"{prefix}.tpot"),
+            pointer=place.at("metrics", "tpot_s").pointer,
+        ),
+        replace(cell(find(trial, "reason", "quality.reason", "error")), pointer=place.pointer),
     )
+
+
+def _changes(result: Mapping[str, Any], trial: Mapping[str, Any]) -> str:
+    """Only what differs from the baseline: the rest is the same in every row."""
+    config, baseline = as_mapping(trial.get("config")), as_mapping(find(result, "baseline.config"))
+    if config and config == baseline:
+        return "the baseline"
+    return record.long_config({key: value for key, value in config.items() if value != baseline.get(key)})

@@ -13,6 +13,7 @@ from kvtune._version import __version__
 from kvtune.quality import Estimate, Slo, SpeedRatios, Verdict, summarise
 from kvtune.recipe import DEFAULT_VOIDED_BY, Recipe, codec_constants_sha256, configuration_of
 from kvtune.target import Config, LoadReport, Target
+from kvtune.tune.ablation import importance
 from kvtune.tune.confirmation import Confirmed
 from kvtune.tune.evaluation import Baseline, plain
 from kvtune.tune.held import RequestBytes, held_in, within_slo
@@ -112,21 +113,22 @@ class Outcome:
         `measured` divides the running engine's own capacity by the mean length.
         """
         sizes = RequestBytes(self.requests)
-        rng = np.random.default_rng(self.settings.seed)  # what else was drawn must not move a prediction
+        rngs = [np.random.default_rng(self.settings.seed) for _ in range(3)]  # both sides by the same draws
         per_side = [sizes.under(functools.partial(self._bytes_at, config)) for config in self._configs()]
         mean_length = float(np.mean(sizes.lengths))
         out: dict[str, Any] = {"kv_budget_bytes": self.kv_budget_bytes}
         effective = self.search.effective if self.confirmed is None else self.confirmed.effective
-        for side, mine, live in (
-            ("baseline", per_side[0], self.search.effective), ("winner", per_side[1], effective),
-        ):  # fmt: skip
+        for side, mine, live, rng in (
+            ("baseline", per_side[0], self.search.effective, rngs[0]),
+            ("winner", per_side[1], effective, rngs[1]),
+        ):
             tokens = live.get("kv_capacity_tokens")
             out[side] = {
                 **held_in(self.kv_budget_bytes, mine, sizes.sessions, rng), "source": "predicted from sizes",
                 "measured": None if tokens is None else round(float(tokens) / mean_length, 2),
                 "measured_source": "capacity of the running engine, mean length",
             }  # fmt: skip
-        return out, sizes.ratio(per_side[0], per_side[1], rng)
+        return out, sizes.ratio(per_side[0], per_side[1], rngs[2])
 
     def _configs(self) -> tuple[Config, Config]:
         return self.baseline_config, self.winner_config
@@ -198,7 +200,7 @@ class Outcome:
             "smallest_failing_step": self.failing_step,
             "rejected": [{"config": c.config, "reason": c.rejected, "quality": c.quality.to_dict(),
                           "ratios": c.ratios.to_dict()} for c in self.rejected],
-            **self.further,
+            **self.further, "importance": importance(self.trials),
             "trials": [t.to_dict() for t in self.trials],
             "context": self.settings.context,
             "objective": self._objective(), "margin": self._margin(),

@@ -1,0 +1,169 @@
+"""Headless Chromium over its DevTools pipe: real layout, colours and DOM, with scripts switched off.
+
+The pipe needs no client library: JSON messages ended by a zero byte on the descriptors 3 and 4.
+"""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import json
+import os
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any, Self
+
+BROWSER = next((b for b in ("chromium-headless-shell", "chromium", "google-chrome") if shutil.which(b)), None)
+
+DESKTOP, PHONE = (1280, 900), (390, 844)
+
+
+class Browser:
+    """One page of one browser. `width`, `height` in CSS pixels; `scheme` light or dark; scripts off unless
+    asked for."""
+
+    def __init__(self, profile: Path, *, has_scripts: bool = False) -> None:
+        ours, theirs = os.pipe(), os.pipe()  # we write into the first, read from the second
+        self._write, self._read = ours[1], theirs[0]
+        self._process = subprocess.Popen(
+            ["sh", "-c", 'exec 3<&"$0" 4>&"$1"; shift; exec "$@"', str(ours[0]), str(theirs[1]), str(BROWSER),
+             "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--no-first-run",
+             "--disable-background-networking", "--hide-scrollbars", f"--user-data-dir={profile}",
+             "about:blank"],
+            pass_fds=(ours[0], theirs[1]), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        os.close(ours[0])
+        os.close(theirs[1])
+        self._ids, self._buffer = itertools.count(1), b""
+        self.events: list[dict[str, Any]] = []
+        targets = self.call("Target.getTargets", session=None)["targetInfos"]
+        page = next(t for t in targets if t["type"] == "page")
+        attached = self.call("Target.attachToTarget", session=None, targetId=page["targetId"], flatten=True)
+        self._session = attached["sessionId"]
+        for domain in ("Page", "Runtime", "Network", "Log", "DOM"):
+            self.call(f"{domain}.enable")
+        if not has_scripts:
+            self.call("Emulation.setScriptExecutionDisabled", value=True)
+
+    def open(self, page: Path, *, size: tuple[int, int] = DESKTOP, scheme: str = "light") -> Self:
+        width, height = size
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
+                  mobile=size == PHONE)  # fmt: skip
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.call("Emulation.setEmulatedMedia", features=features)
+        self.events.clear()
+        self.call("Page.navigate", url=page.as_uri())
+        while not any(e["method"] == "Page.loadEventFired" for e in self.events):
+            self._receive()
+        return self
+
+    def dom(self) -> str:
+        """The document as it stands after parsing."""
+        root = self.call("DOM.getDocument", depth=0)["root"]["nodeId"]
+        return str(self.call("DOM.getOuterHTML", nodeId=root)["outerHTML"])
+
+    def content_size(self) -> tuple[float, float]:
+        """Width and height of all there is to scroll to."""
+        size = self.call("Page.getLayoutMetrics")["cssContentSize"]
+        return float(size["width"]), float(size["height"])
+
+    def evaluate(self, expression: str) -> Any:
+        """DevTools' own console; the page's policy does not bind it. Needs scripts."""
+        return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+
+    def screenshot(self, file: Path, *, top: float = 0.0, height: float | None = None) -> None:
+        """A stretch of the page, from `top` on; all of it unless `height` is given."""
+        width, whole = self.content_size()
+        clip = {"x": 0, "y": top, "width": width, "height": height or whole, "scale": 1}
+        data = self.call("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)["data"]
+        file.write_bytes(base64.b64decode(data))
+
+    def messages(self) -> list[str]:
+        """Console messages, log entries and exceptions since the page was opened."""
+        kinds = ("Runtime.consoleAPICalled", "Log.entryAdded", "Runtime.exceptionThrown")
+        return [json.dumps(e["params"])[:300] for e in self.events if e["method"] in kinds]
+
+    def requests(self) -> list[str]:
+        found = (e for e in self.events if e["method"] == "Network.requestWillBeSent")
+        return [e["params"]["request"]["url"] for e in found]
+
+    def call(self, method: str, *, session: str | None = "", **params: Any) -> Any:
+        number = next(self._ids)
+        message = {"id": number, "method": method, "params": params}
+        if session is not None:
+            message["sessionId"] = self._session
+        os.write(self._write, json.dumps(message).encode() + b"\0")
+        while True:
+            reply = self._receive()
+            if reply.get("id") == number:
+                assert "error" not in reply, f"{method}: {reply['error']}"
+                return reply["result"]
+
+    def _receive(self) -> dict[str, Any]:
+        while b"\0" not in self._buffer:
+            piece = os.read(self._read, 1 << 20)
+            assert piece, "the browser went away"
+            self._buffer += piece
+        raw, _, self._buffer = self._buffer.partition(b"\0")
+        message: dict[str, Any] = json.loads(raw)
+        if "method" in message:
+            self.events.append(message)
+        return message
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        os.close(self._write)
+        os.close(self._read)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Shown(HTMLParser):
+    """What a page shows: (text, JSON pointer, recorded value, test id, tag) of each marked element, and the
+    text of all other cells and paragraphs."""
+
+    MARKED = ("td", "th", "dd", "span", "h3")
+
+    def __init__(self, dom: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.marked: list[dict[str, Any]] = []
+        self.bare: list[tuple[str, str]] = []
+        self._open: list[tuple[str, dict[str, str | None], list[str]]] = []
+        self.feed(dom)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in (*self.MARKED, "p", "svg"):
+            self._open.append((tag, dict(attrs), []))
+
+    def handle_data(self, data: str) -> None:
+        if self._open and not any(tag == "svg" for tag, _, _ in self._open):
+            self._open[-1][2].append(data)
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self._open or self._open[-1][0] != tag:
+            return
+        _, attributes, texts = self._open.pop()
+        text = "".join(texts)
+        if "data-path" in attributes:
+            value = attributes.get("data-value")
+            self.marked.append({
+                "text": text, "pointer": attributes["data-path"], "test_id": attributes.get("data-testid"),
+                "value": None if value is None else json.loads(value), "tag": tag,
+            })  # fmt: skip
+        elif tag in self.MARKED and text:
+            self.bare.append((tag, text))
+
+
+def resolve(record: Any, pointer: str) -> Any:
+    """The value that a JSON pointer leads to; KeyError where it leads nowhere."""
+    for part in pointer.split("/")[1:]:
+        key = part.replace("~1", "/").replace("~0", "~")
+        record = record[int(key)] if isinstance(record, list) else record[key]
+    return record
