@@ -15,7 +15,10 @@ _HIDDEN: Final = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
 def printable(text: str) -> str:
     """`text` with control, direction and other invisible characters as backslash escapes; line feeds and tabs
     stay."""
-    return text if text.isprintable() else "".join(_shown(character) for character in text)
+    if text.isprintable():
+        return text
+    escapes = {ord(character): _escape(character) for character in set(text) if _is_hidden(character)}
+    return text.translate(escapes) if escapes else text
 
 
 def one_line(text: str, limit: int = 200) -> str:
@@ -24,7 +27,9 @@ def one_line(text: str, limit: int = 200) -> str:
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
-def _shown(character: str) -> str:
-    if character.isprintable() or character in _KEPT or unicodedata.category(character) not in _HIDDEN:
-        return character
+def _is_hidden(character: str) -> bool:
+    return character not in _KEPT and unicodedata.category(character) in _HIDDEN
+
+
+def _escape(character: str) -> str:
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self, cast
 
-from kvtune.config import CacheConfig, EngineConfig, SchedulerConfig
+from kvtune.config import CacheConfig, EngineConfig, SchedulerConfig, parse_bytes
 from kvtune.errors import InputFileError, UsageError
+from kvtune.printable import one_line
 from kvtune.spec import BLOCK_ALIGN, CODEC_STORAGE, codec_storage
 
 __all__ = [
@@ -35,6 +36,9 @@ MAX_FILE_BYTES = 64 * 2**20
 
 BLOCK_TOKENS = 16
 MAX_LAYERS = 4096
+MAX_WORD = 200
+MAX_NUMBER = 1 << 40
+_COUNTS = frozenset(("block_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len"))
 VERDICTS = ("PASS", "FAIL", "UNDECIDED", "INERT")
 
 DEFAULT_VOIDED_BY = (
@@ -214,6 +218,8 @@ class Recipe:
             )
         if body["engine"]["name"] == "kvtune":
             _check_settings(body, source)
+        else:
+            _check_foreign(body["configuration"], source)
         body["voided_by"] = tuple(body["voided_by"])
         return cls(**body)
 
@@ -346,6 +352,24 @@ def _check_settings(body: Mapping[str, Any], source: str) -> None:
                     f"{source} contradicts itself: configuration.knobs.{knob} is {_short(value)}, "
                     f"configuration.{name}.{knob} is {_short(served)}"
                 )
+
+
+def _check_foreign(configuration: Mapping[str, Any], source: str) -> None:
+    """InputFileError unless knobs and engine settings are short words, switches and sane numbers: they end on
+    a command line."""
+    for section in ("knobs", "engine"):
+        for name, value in configuration[section].items():
+            is_word = type(value) is str and len(value) <= MAX_WORD and value.isprintable()
+            is_number = type(value) is int and 0 <= value <= MAX_NUMBER
+            if not (is_word or is_number or value is None or type(value) is bool):
+                where = f"{source}: configuration.{section}.{one_line(name, 40)}"
+                raise InputFileError(f"{where} has the impossible value {_short(value)}")
+            if name in _COUNTS and not is_number and value is not None:
+                raise InputFileError(f"{source}: {name} must be a number, found {_short(value)}")
+    try:
+        parse_bytes(configuration["cache"].get("kv_budget", 1))
+    except UsageError as error:
+        raise InputFileError(f"{source}: configuration.cache.kv_budget: {error}") from error
 
 
 def _check_knobs(knobs: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -7,16 +7,18 @@ it is refused with the command that would prove one there.
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from kvtune.adapters.vllm_install import knob_flags
 from kvtune.config import parse_bytes
-from kvtune.errors import UsageError
+from kvtune.errors import InputFileError, UsageError
 from kvtune.model_folder import has_tokenizer
+from kvtune.printable import one_line, printable
 from kvtune.recipe import Recipe
 
 __all__ = ["TARGETS", "Emission", "check_flags", "emit_recipe"]
@@ -24,6 +26,12 @@ __all__ = ["TARGETS", "Emission", "check_flags", "emit_recipe"]
 _LOSSLESS_VLLM = ("auto", "bfloat16", "float16")
 _LOSSLESS_OURS = ("bf16", "fp16", "fp32")
 KERNEL_BLOCK = 16
+MAX_WORD = 4096
+_PYTHON = re.compile(r"python[0-9.]*")
+_API_SERVER = ["-m", "vllm.entrypoints.openai.api_server", "--model"]
+_REFUSED_FLAGS = ("--trust-remote-code", "--host", "--allow", "--middleware", "--tool-parser-plugin",
+                  "--reasoning-parser-plugin", "--logits-processors", "--worker", "--api-key", "--config",
+                  "--hf-token", "--enable-ssl", "--uds", "--root-path")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,20 +65,65 @@ def _emit_vllm(recipe: Recipe, _path: Path) -> Emission:
     if recipe.engine["name"] == "vllm":
         knobs, warnings = recipe.knobs, _verdict_warnings(recipe)
         model = _model(recipe)
-        launcher = [str(word) for word in recipe.engine.get("launcher") or ("vllm", "serve", model)]
-        flags = [str(flag) for flag in recipe.engine.get("flags") or _engine_flags(recipe)]
+        launcher = _launcher(recipe, model)
+        flags = _words(recipe, "flags", _engine_flags(recipe))
+        _check_unattended(flags)
         if "-m" in launcher:
             warnings.append("this build has no working `vllm` command, so its API server module is started")
     else:
         knobs, warnings = _carry_to_vllm(recipe)
         launcher, flags = ["vllm", "serve", _model(recipe)], _engine_flags(recipe)
     command = [*launcher, *knob_flags(knobs), *_budget_flags(recipe), *flags]
+    _check_words(command)
     return Emission(
         target="vllm",
         text=_header(recipe, "vLLM", warnings) + _shell(command),
         command=tuple(command),
         warnings=tuple(warnings),
     )
+
+
+def _launcher(recipe: Recipe, model: str) -> list[str]:
+    """The words before the flags, as `tune` recorded them; a recipe that starts anything else is refused."""
+    words = _words(recipe, "launcher", ["vllm", "serve", model])
+    is_command = len(words) == 3 and Path(words[0]).name == "vllm" and words[1] == "serve"
+    is_module = len(words) == 5 and _PYTHON.fullmatch(Path(words[0]).name) and words[1:4] == _API_SERVER
+    if not (is_command or is_module) or words[-1].startswith("-"):
+        raise InputFileError(
+            f"the recipe's engine.launcher {one_line(' '.join(words), 80)!r} does not start vLLM; "
+            "run `kvtune tune --engine vllm` again"
+        )
+    return words
+
+
+def _words(recipe: Recipe, name: str, default: list[str]) -> list[str]:
+    found = recipe.engine.get(name)
+    if not found:
+        return default
+    if not isinstance(found, list) or not all(isinstance(w, str) for w in cast("list[Any]", found)):
+        raise InputFileError(f"the recipe's engine.{name} must be a list of words")
+    return cast("list[str]", found)
+
+
+def _check_unattended(flags: Sequence[str]) -> None:
+    """InputFileError for a flag that runs code from elsewhere or opens the server: nobody proves those."""
+    for flag in flags:
+        name = flag.partition("=")[0].replace("_", "-")
+        if any(name.startswith(refused) for refused in _REFUSED_FLAGS):
+            raise InputFileError(
+                f"the recipe's engine.flags hold {one_line(name, 60)!r}, which kvtune never sets; "
+                "add it by hand if you mean it"
+            )
+
+
+def _check_words(command: Sequence[str]) -> None:
+    """InputFileError for a word that would not look on a screen like what it is."""
+    for word in command:
+        if printable(word) != word or "\n" in word or len(word) > MAX_WORD:
+            raise InputFileError(
+                f"the recipe's command holds {one_line(word, 80)!r}: no word of it may hold control "
+                f"characters or be longer than {MAX_WORD}"
+            )
 
 
 def _carry_to_vllm(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
@@ -211,7 +264,7 @@ def _header(recipe: Recipe, what: str, warnings: Sequence[str]) -> str:
         f"measured with {engine}; verdict {recipe.verdict}, read contract {recipe.read_contract}",
         *(f"warning: {warning}" for warning in warnings),
     ]
-    return "".join(f"# {line}\n" for line in lines)
+    return "".join(f"# {one_line(line, 300)}\n" for line in lines)
 
 
 TARGETS = {"vllm": _emit_vllm, "transformers": _emit_transformers}
