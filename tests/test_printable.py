@@ -11,7 +11,8 @@ from kvtune.printable import one_line, printable
         ("plain text, \u00e4\u6f22 \U0001f9ea", None), ("two\nlines\tand a tab", None),
         ("\U0001f469\u200d\U0001f467", None),  # a joined emoji
         ("\x1b[2J\x1b]0;title\x07", "\\x1b[2J\\x1b]0;title\\x07"), ("a\rb\x08c\x7f", "a\\rb\\x08c\\x7f"),
-        ("\x9b31m", "\\x9b31m"), ("exe.\u202etxt", "exe.\\u202etxt"), ("\u2066\u2069\u200e", "\\u2066\\u2069\\u200e"),
+        ("\x9b31m", "\\x9b31m"), ("exe.\u202etxt", "exe.\\u202etxt"),
+        ("\u2066\u2069\u200e", "\\u2066\\u2069\\u200e"),
         ("\ufeff\u200b", "\\ufeff\\u200b"), ("\u2028", "\\u2028"), ("\ud83d", "\\ud83d"),
         ("\U000e0041", "\\U000e0041"),
     ],

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -17,6 +17,7 @@ from kvtune.report.blocks import (
     Bars,
     Block,
     Bullets,
+    Cards,
     Cell,
     Code,
     Facts,
@@ -24,13 +25,18 @@ from kvtune.report.blocks import (
     Intervals,
     Lines,
     Paragraph,
+    Parallel,
+    Piece,
     Scatter,
     Section,
+    SideBySide,
     Table,
 )
 from kvtune.report.charts import intervals_svg, scatter_svg
 from kvtune.report.curves import bars_svg, lines_svg
-from kvtune.report.sections import report_title, sections
+from kvtune.report.decision import headline, report_title
+from kvtune.report.parallel import parallel_svg
+from kvtune.report.sections import sections
 from kvtune.report.style import STYLE
 
 MAX_BYTES = 2_000_000
@@ -39,16 +45,20 @@ MAX_BYTES = 2_000_000
 
 def render(result: Mapping[str, Any]) -> str:
     """The whole page as text, under `MAX_BYTES` for any result that `tune` writes."""
-    return render_page(report_title(result), list(sections(result)))
+    title = report_title(result)
+    return render_page(title, list(sections(result)), brand=f"kvtune report, {title}", head=headline(result))
 
 
-def render_page(title: str, parts: Sequence[Section], *, brand: str = "kvtune report") -> str:
-    """A page of these sections; over `MAX_BYTES` without the last one, which holds the raw record."""
-    page = _page(title, parts, brand)
-    return page if len(page.encode()) <= MAX_BYTES else _page(title, parts[:-1], brand)
+def render_page(title: str, parts: Sequence[Section], *, brand: str = "kvtune report", head: str = "") -> str:
+    """A page of these sections; over `MAX_BYTES` without the last one, which holds the raw record.
+
+    `head`: the heading, the title unless given.
+    """
+    page = _page(title, parts, brand, head or title)
+    return page if len(page.encode()) <= MAX_BYTES else _page(title, parts[:-1], brand, head or title)
 
 
-def _page(title: str, parts: Sequence[Section], brand: str) -> str:
+def _page(title: str, parts: Sequence[Section], brand: str, head: str) -> str:
     digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     contents = "".join(f'<li><a href="#{s.anchor}">{escape(s.title)}</a></li>' for s in parts)
@@ -59,7 +69,7 @@ def _page(title: str, parts: Sequence[Section], brand: str) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark"><meta name="referrer" content="no-referrer">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n"
-        f'<body><header><p class="brand">{escape(brand)}</p><h1>{escape(title)}</h1>'
+        f'<body><header><p class="brand">{escape(brand)}</p><h1>{escape(head)}</h1>'
         f'<nav aria-label="Contents"><ul>{contents}</ul></nav></header>\n<main>{body}</main></body></html>\n'
     )
 
@@ -88,9 +98,9 @@ def _figure(block: Figures) -> str:
     drawing = _drawing(block)
     if not drawing:
         return ""
-    return (
-        f'<figure><figcaption>{escape(block.title)}</figcaption><div class="drawing">{drawing}</div></figure>'
-    )
+    wide = ' class="wide"' if isinstance(block, Parallel) else ""
+    caption = f"<figcaption>{escape(block.title)}</figcaption>"
+    return f'<figure{wide}>{caption}<div class="drawing">{drawing}</div></figure>'
 
 
 def _drawing(block: Figures) -> str:
@@ -103,22 +113,22 @@ def _drawing(block: Figures) -> str:
             return lines_svg(block)
         case Bars():
             return bars_svg(block)
+        case Parallel():
+            return parallel_svg(block)
 
 
 def _block(block: Block) -> str:
-    match block:
-        case Paragraph():
-            return f'<p class="{block.tone or "plain"}">{escape(block.text)}</p>'
-        case Facts():
-            return _facts(block)
-        case Table():
-            return _table(block)
-        case Bullets():
-            return f"<ul>{''.join(f'<li>{escape(item)}</li>' for item in block.items)}</ul>"
-        case Code():
-            return _code(block)
-        case Scatter() | Intervals() | Lines() | Bars():
-            return _figure(block)
+    if isinstance(block, Figures):
+        return _figure(block)
+    return _WRITERS[type(block)](block)
+
+
+def _paragraph(block: Paragraph) -> str:
+    return f'<p class="{block.tone or "plain"}">{escape(block.text)}</p>'
+
+
+def _bullets(block: Bullets) -> str:
+    return f"<ul>{''.join(f'<li>{escape(item)}</li>' for item in block.items)}</ul>"
 
 
 def _facts(block: Facts) -> str:
@@ -128,6 +138,41 @@ def _facts(block: Facts) -> str:
         for name, c in block.items
     )
     return f'<dl class="{kind}">{items}</dl>'
+
+
+def _cards(block: Cards) -> str:
+    items = "".join(
+        f"<div><dt>{escape(card.label)}</dt><dd{_attributes(card.main)}>{escape(card.main.text)}</dd>"
+        + "".join(f'<dd class="note"><span{_attributes(n)}>{escape(n.text)}</span></dd>' for n in card.notes)
+        + "</div>"
+        for card in block.items
+    )
+    return f'<dl class="cards">{items}</dl>'
+
+
+def _side_by_side(block: SideBySide) -> str:
+    facts = "".join(
+        f"<div><dt>{escape(name)}</dt><dd{_attributes(c)}>{escape(c.text)}</dd></div>"
+        for name, c in block.facts
+    )
+    intro = (
+        f"<details><summary>{escape(block.intro_name)}</summary><pre>{escape(block.intro)}</pre></details>"
+    )
+    sides = "".join(
+        f"<div><h4>{escape(name)}</h4><p>{_pieces(pieces, tag)}</p></div>"
+        for name, pieces, tag in (
+            (block.left_name, block.left, "del"), (block.right_name, block.right, "ins"),
+        )
+    )  # fmt: skip
+    return (
+        f'<article class="pair"><h3{_attributes(block.title)}>{escape(block.title.text)}</h3>'
+        f'<dl class="inline">{facts}</dl>{intro if block.intro else ""}<div class="sides">{sides}</div>'
+        "</article>"
+    )
+
+
+def _pieces(pieces: Sequence[Piece], tag: str) -> str:
+    return "".join(f"<{tag}>{escape(p.text)}</{tag}>" if p.is_changed else escape(p.text) for p in pieces)
 
 
 def _table(block: Table) -> str:
@@ -151,6 +196,8 @@ def _attributes(shown: Cell) -> str:
         parts.append(f' data-testid="{escape(shown.test_id)}"')
         if isinstance(shown.raw, bool | int | float | str):
             parts.append(f' data-value="{escape(json.dumps(shown.raw))}"')
+    if shown.pointer:
+        parts.append(f' data-path="{escape(shown.pointer)}"')
     if shown.tone:
         parts.append(f' class="{shown.tone}"')
     return "".join(parts)
@@ -162,3 +209,14 @@ def _code(block: Code) -> str:
     if not block.summary:
         return pre
     return f"<details><summary>{escape(block.summary)}</summary>{pre}</details>"
+
+
+_WRITERS: Mapping[type, Callable[[Any], str]] = {
+    Paragraph: _paragraph,
+    Facts: _facts,
+    Cards: _cards,
+    SideBySide: _side_by_side,
+    Table: _table,
+    Bullets: _bullets,
+    Code: _code,
+}

@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kvtune.printable import printable
 from kvtune.report.blocks import (
-    Bars,
     Block,
     Bullets,
+    Cards,
     Code,
     Facts,
-    Intervals,
-    Lines,
+    Figures,
     Paragraph,
-    Scatter,
+    Piece,
     Section,
+    SideBySide,
     Table,
 )
-from kvtune.report.sections import report_title, sections
+from kvtune.report.decision import headline, report_title
+from kvtune.report.sections import sections
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#~!])")
 
 
 def render_markdown(result: Mapping[str, Any]) -> str:
     """The same sections as the page, without figures and without the raw record."""
-    parts = [f"# {_plain(report_title(result))}"]
+    parts = [f"# {_plain(headline(result))}", _plain(report_title(result))]
     parts += [_section(section) for section in sections(result)[:-1]]
     return printable("\n\n".join(parts) + "\n")
 
@@ -38,19 +39,49 @@ def _section(section: Section) -> str:
 
 
 def _block(block: Block) -> str:
-    match block:
-        case Paragraph():
-            return _plain(block.text)
-        case Facts():
-            return "\n".join(f"- **{_plain(name)}:** {_plain(shown.text)}" for name, shown in block.items)
-        case Table():
-            return _table(block)
-        case Bullets():
-            return "\n".join(f"- {_plain(item)}" for item in block.items)
-        case Code():
-            return _fenced(block.text)
-        case Scatter() | Intervals() | Lines() | Bars():
-            return ""
+    """Figures are left to the tables beside them."""
+    if isinstance(block, Figures):
+        return ""
+    return _WRITERS[type(block)](block)
+
+
+def _paragraph(block: Paragraph) -> str:
+    return _plain(block.text)
+
+
+def _facts(block: Facts) -> str:
+    return "\n".join(f"- **{_plain(name)}:** {_plain(shown.text)}" for name, shown in block.items)
+
+
+def _cards(block: Cards) -> str:
+    return "\n".join(
+        f"- **{_plain(card.label)}:** " + "; ".join(_plain(shown.text) for shown in (card.main, *card.notes))
+        for card in block.items
+    )
+
+
+def _bullets(block: Bullets) -> str:
+    return "\n".join(f"- {_plain(item)}" for item in block.items)
+
+
+def _code(block: Code) -> str:
+    return _fenced(block.text)
+
+
+def _side_by_side(block: SideBySide) -> str:
+    """Both texts as code: what is in them is nobody's markup."""
+    facts = "; ".join(f"{_plain(name)} {_plain(shown.text)}" for name, shown in block.facts)
+    return "\n\n".join(
+        [
+            f"### {_plain(block.title.text)}", facts,
+            _plain(block.left_name) + ":", _fenced(_text(block.left)),
+            _plain(block.right_name) + ":", _fenced(_text(block.right)),
+        ]
+    )  # fmt: skip
+
+
+def _text(pieces: Sequence[Piece]) -> str:
+    return "".join(piece.text for piece in pieces)
 
 
 def _table(block: Table) -> str:
@@ -78,3 +109,14 @@ def _fenced(text: str) -> str:
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}\n{text}\n{fence}"
+
+
+_WRITERS: Mapping[type, Callable[[Any], str]] = {
+    Paragraph: _paragraph,
+    Facts: _facts,
+    Cards: _cards,
+    SideBySide: _side_by_side,
+    Table: _table,
+    Bullets: _bullets,
+    Code: _code,
+}
