@@ -27,7 +27,7 @@ def masking(name: str, num_heads: int) -> dict:
 
 
 def tolerance(isa: str | None, *codecs: str) -> float:
-    fixed = isa == "avx512" and any(c.startswith(("int", "n")) for c in codecs)
+    fixed = (isa or "").startswith("avx512") and any(c.startswith(("int", "n")) for c in codecs)
     return TOLERANCE["fixed" if fixed else "exact"]
 
 
@@ -58,7 +58,7 @@ def test_reference_is_dense_attention_over_the_decoded_cache(name, head_dim):
             start += n
 
 
-@pytest.mark.parametrize("isa", ["torch", "avx512", "avx2", "portable"])
+@pytest.mark.parametrize("isa", ["torch", "avx512_bf16", "avx512", "avx2", "portable"])
 @pytest.mark.parametrize("codecs", PAIRS, ids="-".join)
 def test_every_codec_pair_agrees_with_the_reference(isa, codecs):
     backend = TORCH if isa == "torch" else native(isa)
@@ -73,7 +73,7 @@ def test_every_codec_pair_agrees_with_the_reference(isa, codecs):
         assert torch.equal(found[sum(rows) :], torch.zeros_like(found[sum(rows) :]))
 
 
-@pytest.mark.parametrize("isa", ["torch", "avx512", "avx2", "portable"])
+@pytest.mark.parametrize("isa", ["torch", "avx512_bf16", "avx512", "avx2", "portable"])
 @pytest.mark.parametrize("head_dim", [8, 32, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("group", [1, 3, 4, 8, 12])
 def test_every_head_dim_and_group_agrees_with_the_reference(isa, head_dim, group):
@@ -93,7 +93,7 @@ def test_every_head_dim_and_group_agrees_with_the_reference(isa, head_dim, group
         assert_close(found, expected, tolerance(backend.isa, *codecs))
 
 
-@pytest.mark.parametrize("isa", ["torch", "avx512", "avx2", "portable"])
+@pytest.mark.parametrize("isa", ["torch", "avx512_bf16", "avx512", "avx2", "portable"])
 @pytest.mark.parametrize("name", MASKINGS)
 @pytest.mark.parametrize("block_size", [16, 48, 128])
 def test_windows_caps_and_sinks_agree_with_the_reference(isa, name, block_size):
@@ -108,7 +108,7 @@ def test_windows_caps_and_sinks_agree_with_the_reference(isa, name, block_size):
     )
 
 
-@pytest.mark.parametrize("isa", ["reference", "torch", "avx512", "avx2", "portable"])
+@pytest.mark.parametrize("isa", ["reference", "torch", "avx512_bf16", "avx512", "avx2", "portable"])
 def test_blocks_that_left_the_window_are_never_read(isa):
     backend = choose_backend(isa) if isa in ("reference", "torch") else native(isa)
     case = make_case([300], k_codec="int8", v_codec="int8")
@@ -119,7 +119,7 @@ def test_blocks_that_left_the_window_are_never_read(isa):
     assert_close(attend(case, q, batch, backend, window=40), expected, tolerance(backend.isa, "int8"))
 
 
-@pytest.mark.parametrize("isa", ["reference", "torch", "avx512", "avx2", "portable"])
+@pytest.mark.parametrize("isa", ["reference", "torch", "avx512_bf16", "avx512", "avx2", "portable"])
 @pytest.mark.parametrize("codec", CODECS)
 def test_nan_in_one_sequence_never_reaches_another(isa, codec):
     backend = choose_backend(isa) if isa in ("reference", "torch") else native(isa)
@@ -134,7 +134,7 @@ def test_nan_in_one_sequence_never_reaches_another(isa, codec):
     assert found[1].isnan().any()
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", "avx2", "portable"])
 def test_a_query_or_key_that_is_not_finite_shows_in_its_row_alone(isa):
     backend = native(isa)
     for codec in ("fp32", "int8", "int4"):
@@ -161,7 +161,7 @@ def test_output_has_the_query_dtype(dtype):
         assert (found.float() - expected).abs().max() < 0.03
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", "avx2", "portable"])
 @pytest.mark.parametrize("codec", CODECS)
 def test_native_rows_have_the_same_bits_whatever_runs_beside_them(isa, codec):
     backend = native(isa)

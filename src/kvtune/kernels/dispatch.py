@@ -31,7 +31,7 @@ class Backend:
 
     @property
     def isa(self) -> str | None:
-        """Instruction set of the native kernels: avx512, avx2 or portable."""
+        """Instruction set of the native kernels: avx512_bf16, avx512, avx2 or portable."""
         return None if self.library is None else self.library.isa
 
 
@@ -81,13 +81,14 @@ def paged_attention(
     `softcap`: scores become softcap * tanh(score / softcap) (Gemma 2). `sinks` [H]: one more logit per
     head without a value (GPT-OSS). UsageError if the head counts, dims or lengths do not fit the cache.
 
-    All backends compute in float32 except: torch multiplies in q.dtype, and native on avx512 takes q and the
-    softmax weights as 16-bit fixed point against integer codes (128 times finer than int8 itself).
+    All backends compute in float32 except: torch multiplies in q.dtype; native on avx512 takes q and the
+    softmax weights as 16-bit fixed point against integer codes (128 times finer than int8 itself); and native
+    on avx512_bf16, where q is bf16, rounds the weights to bf16 against bf16 values.
     Native also leaves rotated keys and values rotated: it rotates q once and the output back, and adds the
     score of the keys' centre to every score, so sinks, soft-caps and a first block of another codec see
     the scores of the keys themselves.
-    Native serves prefill chunks too: gather plus torch's own attention was measured at 0.5 to 1.0 of its
-    speed for 64 and 512 rows, and with one kernel a row's bits do not depend on how a prompt was chunked.
+    Native serves prefill chunks too, 64 query rows of a KV head to a pass over the keys; a row's bits do not
+    depend on how a prompt was chunked, nor on threads.
     """
     _check_query(q, cache, batch)
     masking = Masking(scale, window, softcap, sinks)

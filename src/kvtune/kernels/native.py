@@ -20,7 +20,7 @@ from kvtune.spec import PackedLayout
 
 __all__ = ["MAX_HEAD_DIM", "NativeLibrary", "library_path"]
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 MAX_HEAD_DIM = 512
 CODEC_NUMBERS = {
     "fp32": 0, "bf16": 1, "fp16": 2, "int8": 3, "int4": 4, "fp8": 5, "int4_rh": 6, "n8_rh": 7, "n4_rh": 8,
@@ -85,6 +85,7 @@ class _Attention(ctypes.Structure):
         ("scale", c_float),
         ("softcap", c_float),
         ("num_threads", c_int32),
+        ("is_bf16", c_int32),
     )
 
 
@@ -128,7 +129,8 @@ class NativeLibrary:
         self._isa = int(self._library.kvtune_find_isa(isa.encode()))
         if self._isa < 0:
             raise UsageError(
-                f"instruction set {isa!r} is not available here; use auto, portable, avx2 or avx512"
+                f"instruction set {isa!r} is not available here; use auto, portable, avx2, avx512 or "
+                "avx512_bf16"
             )
         self.isa: str = self._library.kvtune_isa_name(self._isa).decode()
 
@@ -182,6 +184,7 @@ class NativeLibrary:
             masking.scale,
             masking.softcap or 0.0,
             torch.get_num_threads(),
+            dtype == torch.bfloat16,
         )
         self._call("kvtune_attention", args)
         return out.to(dtype)

@@ -21,6 +21,9 @@ const Isa ISAS[] = {
 #ifdef KVTUNE_X86
     {"avx2", &avx2::attention_table, &avx2::write_table},
     {"avx512", &avx512::attention_table, &avx512::write_table},
+#ifdef KVTUNE_BF16
+    {"avx512_bf16", &avx512_bf16::attention_table, &avx512::write_table},
+#endif
 #endif
 };
 constexpr int NUM_ISAS = sizeof ISAS / sizeof ISAS[0];
@@ -31,10 +34,13 @@ bool is_supported(int index) {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
   if (index == 1) return avx2;
-  if (index == 2)
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512vnni");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512vnni");
+  if (index == 2) return avx512;
+#ifdef KVTUNE_BF16
+  if (index == 3) return avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
 #endif
   return index == 0;
 }
@@ -72,8 +78,8 @@ std::vector<Task> list_tasks(const KvAttention& a) {
   for (int s = 0; s < a.num_seqs; s++) {
     const int rows = (a.query_start[s + 1] - a.query_start[s]) * G;
     for (int h = 0; h < a.cache->num_kv_heads; h++)
-      for (int r = 0; r < rows; r += MAX_ROWS)
-        tasks.push_back({s, h, r, rows - r < MAX_ROWS ? rows - r : MAX_ROWS});
+      for (int r = 0; r < rows; r += QUERY_TILE)
+        tasks.push_back({s, h, r, rows - r < QUERY_TILE ? rows - r : QUERY_TILE});
   }
   return tasks;
 }
@@ -82,54 +88,68 @@ std::vector<Task> list_tasks(const KvAttention& a) {
 int run_task(const AttentionTable& table, const KvAttention& a, const Task& task) {
   Work* work = thread_work();
   if (work == nullptr) return KV_NO_MEMORY;
-  const int dim = a.cache->body.v.head_dim, end = context_end(a, task);
+  const int dim = a.cache->body.v.head_dim, end = context_end(a, task), bands = num_bands(task);
   table.load_queries(a, task, *work);
   const int first = first_split(a, task), stop = (end + SPLIT - 1) / SPLIT;
-  if (stop - first > 1) reset(work->running);
+  const bool has_parts = stop - first > 1;
+  for (int b = 0; b < bands && has_parts; b++) reset(work->band[b].running);
   for (int split = first; split < stop; split++) {
     const int status = table.attend_split(a, task, split, *work);
     if (status != KV_OK) return status;
-    if (stop - first > 1) table.merge(work->split, work->running, task.num_rows, dim);
+    for (int b = 0; b < bands && has_parts; b++)
+      table.merge(work->band[b].split, work->band[b].running, band_rows(task, b), dim);
   }
-  table.finish(a, task, stop - first > 1 ? work->running : work->split);
+  for (int b = 0; b < bands; b++)
+    table.finish(a, task, b, has_parts ? work->band[b].running : work->band[b].split);
   return KV_OK;
 }
 
+// The state of a task whose splits run apart: one Partial per band.
+using Parts = std::vector<Partial>;
+
+struct SplitItem {
+  size_t task;
+  int split;
+};
+
 // Too few tasks for the threads: splits run by themselves, then are merged in order, so that the result has
-// the same bits as run_task's.
+// the same bits as run_task's. In waves, so that memory does not grow with the context.
 int run_splits(const AttentionTable& table, const KvAttention& a, const std::vector<Task>& tasks) {
-  std::vector<std::pair<int, int>> items;
-  std::vector<size_t> begin;
+  const int dim = a.cache->body.v.head_dim;
+  std::vector<SplitItem> items;
+  std::vector<Parts> running;
   for (size_t i = 0; i < tasks.size(); i++) {
-    begin.push_back(items.size());
     const int stop = (context_end(a, tasks[i]) + SPLIT - 1) / SPLIT;
-    for (int split = first_split(a, tasks[i]); split < stop; split++)
-      items.emplace_back(static_cast<int>(i), split);
+    for (int split = first_split(a, tasks[i]); split < stop; split++) items.push_back({i, split});
+    running.emplace_back(static_cast<size_t>(num_bands(tasks[i])));
+    for (Partial& part : running.back()) reset(part);
   }
-  begin.push_back(items.size());
-  std::vector<Partial> parts(items.size());
+  const size_t wave = static_cast<size_t>(WAVE) * static_cast<size_t>(a.num_threads);
+  std::vector<Parts> parts(items.size() < wave ? items.size() : wave);
   std::atomic<int> status{KV_OK};
-  ThreadPool::instance().run(static_cast<int64_t>(items.size()), a.num_threads, [&](int64_t i) {
-    Work* work = thread_work();
-    if (work == nullptr) return status.store(KV_NO_MEMORY);
-    const Task& task = tasks[static_cast<size_t>(items[static_cast<size_t>(i)].first)];
-    table.load_queries(a, task, *work);
-    const int code = table.attend_split(a, task, items[static_cast<size_t>(i)].second, *work);
-    if (code != KV_OK) status.store(code);
-    parts[static_cast<size_t>(i)] = work->split;
-  });
-  if (status.load() != KV_OK) return status.load();
-  const auto running = std::make_unique<Partial>();
-  for (size_t i = 0; i < tasks.size(); i++) {
-    if (begin[i + 1] - begin[i] == 1) {
-      table.finish(a, tasks[i], parts[begin[i]]);
-      continue;
+  for (size_t begin = 0; begin < items.size() && status.load() == KV_OK; begin += wave) {
+    const size_t count = items.size() - begin < wave ? items.size() - begin : wave;
+    ThreadPool::instance().run(static_cast<int64_t>(count), a.num_threads, [&](int64_t i) {
+      Work* work = thread_work();
+      if (work == nullptr) return status.store(KV_NO_MEMORY);
+      const SplitItem& item = items[begin + static_cast<size_t>(i)];
+      const Task& task = tasks[item.task];
+      table.load_queries(a, task, *work);
+      const int code = table.attend_split(a, task, item.split, *work);
+      if (code != KV_OK) return status.store(code);
+      Parts& part = parts[static_cast<size_t>(i)];
+      part.resize(static_cast<size_t>(num_bands(task)));
+      for (size_t b = 0; b < part.size(); b++) part[b] = work->band[b].split;
+    });
+    for (size_t i = 0; i < count && status.load() == KV_OK; i++) {
+      const SplitItem& item = items[begin + i];
+      for (size_t b = 0; b < parts[i].size(); b++)
+        table.merge(parts[i][b], running[item.task][b], band_rows(tasks[item.task], static_cast<int>(b)), dim);
     }
-    reset(*running);
-    for (size_t p = begin[i]; p < begin[i + 1]; p++)
-      table.merge(parts[p], *running, tasks[i].num_rows, a.cache->body.v.head_dim);
-    table.finish(a, tasks[i], *running);
   }
+  if (status.load() != KV_OK) return status.load();
+  for (size_t i = 0; i < tasks.size(); i++)
+    for (int b = 0; b < num_bands(tasks[i]); b++) table.finish(a, tasks[i], b, running[i][static_cast<size_t>(b)]);
   return KV_OK;
 }
 
@@ -186,7 +206,7 @@ template <class F> int guarded(F&& body) {
 
 #define KV_EXPORT extern "C" __attribute__((visibility("default")))
 
-KV_EXPORT int32_t kvtune_abi_version() { return 3; }
+KV_EXPORT int32_t kvtune_abi_version() { return 4; }
 
 // Index of an instruction set by name, or of the best one for "auto"; -1 if this machine or build lacks it.
 KV_EXPORT int32_t kvtune_find_isa(const char* name) {

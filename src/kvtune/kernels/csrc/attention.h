@@ -1,7 +1,8 @@
-// Paged attention for one instruction set. Included inside its namespace, after tiles.h.
+// Paged attention for one instruction set. Included inside its namespace, after panel.h.
 //
-// Loop nest: keys in tiles of 64 at fixed absolute positions; per tile the scores of up to 8 query rows that
-// share a KV head (so K and V are read once for all of them), an online softmax step, then the values.
+// Loop nest: a task's query rows share a KV head, in bands of up to 8. Keys come in tiles of 64 at fixed absolute
+// positions, found and (for many bands) unpacked once; per tile and band the scores, an online softmax step, then
+// the values: FlashAttention's order (Dao, 2022) with the decode path as its case of one band.
 // A row's sums run in one fixed order whatever rows are computed beside it.
 //
 // Keys and values of rotated codecs stay rotated: the query is rotated once, the sum of values once per split.
@@ -40,15 +41,16 @@ KV_INLINE bool has_nan(const float* x, int count) {
   return false;
 }
 
-KV_INLINE float* values_of(Work& work, int basis) { return basis == ROTATED ? work.rotated_acc : work.split.acc; }
+KV_INLINE float* values_of(Band& band, int basis) { return basis == ROTATED ? band.rotated_acc : band.split.acc; }
 
 // One row's scores of groups [at, at + count) of the tile at `tile_key` -> weights; updates maximum and total.
-KV_INLINE void softmax_row(const KvAttention& a, Work& work, int r, int dim, int tile_key, int at, int count) {
+KV_INLINE void softmax_row(const KvAttention& a, Work& work, Band& band, int r, int dim, int tile_key, int at,
+                           int count) {
   float* scores = work.scores + r * TILE + at * GROUP;
   float* weights = work.weights + r * TILE + at * GROUP;
   const int columns = count * GROUP;
-  const float tile_max = prepare_scores(a, work.position[r], tile_key + at * GROUP, columns, scores);
-  const float old_max = work.split.maximum[r];
+  const float tile_max = prepare_scores(a, band.position[r], tile_key + at * GROUP, columns, scores);
+  const float old_max = band.split.maximum[r];
   float new_max = max_of(tile_max, old_max);
   if (new_max == -__builtin_inff()) {
     if (!has_nan(scores, columns)) {
@@ -63,18 +65,18 @@ KV_INLINE void softmax_row(const KvAttention& a, Work& work, int r, int dim, int
     store(weights + c, w);
     sum += w;
   }
-  float* total = work.total_lanes + r * GROUP;
+  float* total = band.total_lanes + r * GROUP;
   if (new_max != old_max) {
     const float keep = exp_of(old_max - new_max);
     store(total, load<VF>(total) * keep);
     for (int basis = 0; basis < NUM_BASES; basis++) {
       if (!work.has_values[basis]) continue;
-      float *shift = work.shift_lanes[basis] + r * GROUP, *acc = values_of(work, basis) + r * MAX_DIM;
+      float *shift = band.shift_lanes[basis] + r * GROUP, *acc = values_of(band, basis) + r * MAX_DIM;
       store(shift, load<VF>(shift) * keep);
       for (int d = 0; d < dim; d++) acc[d] *= keep;
     }
   }
-  work.split.maximum[r] = new_max;
+  band.split.maximum[r] = new_max;
   store(total, load<VF>(total) + sum);
 }
 
@@ -95,77 +97,108 @@ KV_INLINE void look_ahead(const KvAttention& a, const Task& task, int tile_key, 
   for (int g = at; g < stop; g++) {
     TokenGroup ahead = groups[g];
     const int key = tile_key + TILE + g * GROUP;
-    if (key < a.context_len[task.seq]) find_group(*a.cache, table, task.kv_head, key, ahead);
+    if (key < a.context_len[task.seq]) find_group(*a.cache, table, task.kv_head, key, a.is_bf16, ahead);
     groups[g].next_k = ahead.k;
     groups[g].next_v = ahead.v;
   }
 }
 
-// Keys [low, high) of one tile for all rows of the task.
-static int attend_tile(const KvAttention& a, const Task& task, int tile_key, int low, int high, Work& work) {
-  const KvCache& cache = *a.cache;
-  const int32_t* table = a.block_table + task.seq * a.table_stride;
-  const int Dk = cache.body.k.head_dim, Dv = cache.body.v.head_dim, B = cache.block_size;
+// Keys [low, high) of one tile for the rows of one band.
+static void attend_groups(const KvAttention& a, const TokenGroup* groups, int tile_key, int low, int high, Work& work,
+                          Band& band) {
+  const int Dk = a.cache->body.k.head_dim, Dv = a.cache->body.v.head_dim, B = a.cache->block_size;
   const int at = max_of(0, low - tile_key) / GROUP;
   const int stop = (min_of(high - tile_key, TILE) + GROUP - 1) / GROUP;
+  for (int g = at; g < stop;) {
+    const int form = groups[g].k_form, basis = groups[g].k_basis;
+    int n = 1;
+    while (g + n < stop && groups[g + n].k_form == form && groups[g + n].k_basis == basis) n++;
+    score_kernel(form, band.num_rows)(groups, g, n, B, Dk, a.scale, band.query[basis], work.scores);
+    g += n;
+  }
+  for (int r = 0; r < band.num_rows; r++) softmax_row(a, work, band, r, Dv, tile_key, at, stop - at);
+  for (int g = at; g < stop;) {
+    const int form = groups[g].v_form, basis = groups[g].v_basis;
+    int n = 1;
+    while (g + n < stop && groups[g + n].v_form == form && groups[g + n].v_basis == basis) n++;
+    value_kernel(form, band.num_rows)(groups, g, n, B, Dv, work, band.shift_lanes[basis], values_of(band, basis));
+    g += n;
+  }
+}
+
+struct KeyRange {
+  int low, high;
+};
+
+// The keys of a split that some row of the band sees; empty where high <= low.
+KV_INLINE KeyRange visible_keys(const KvAttention& a, int split, const Band& band) {
+  const int low = split * SPLIT, high = min_of(low + SPLIT, band.position[band.num_rows - 1] + 1);
+  return {a.window > 0 ? max_of(low, band.position[0] - a.window + 1) : low, high};
+}
+
+// One tile for all rows of the task: its groups are found, and unpacked where it pays, once.
+static int attend_tile(const KvAttention& a, const Task& task, int tile_key, const KeyRange* ranges, Work& work) {
+  const KvCache& cache = *a.cache;
+  const int32_t* table = a.block_table + task.seq * a.table_stride;
+  const int Dk = cache.body.k.head_dim, Dv = cache.body.v.head_dim, bands = num_bands(task);
+  const int at = max_of(0, ranges[0].low - tile_key) / GROUP;
+  const int stop = (min_of(ranges[bands - 1].high - tile_key, TILE) + GROUP - 1) / GROUP;
   TokenGroup groups[TILE / GROUP];
   for (int g = at; g < stop; g++)
-    if (!find_group(cache, table, task.kv_head, tile_key + g * GROUP, groups[g])) return KV_BAD_BLOCK;
+    if (!find_group(cache, table, task.kv_head, tile_key + g * GROUP, a.is_bf16, groups[g])) return KV_BAD_BLOCK;
   look_ahead(a, task, tile_key, at, stop, groups);
   const int context_len = a.context_len[task.seq];
   if (tile_key + stop * GROUP > context_len)
     clear_tail(groups[stop - 1], context_len - tile_key - (stop - 1) * GROUP, Dv, work);
-  for (int g = at; g < stop;) {
-    int n = 1;
-    while (g + n < stop && groups[g + n].k_form == groups[g].k_form && groups[g + n].k_basis == groups[g].k_basis) n++;
-    score_kernels[form_index(groups[g].k_form)][task.num_rows - 1](groups, g, n, B, Dk, a.scale,
-                                                                   work.query[groups[g].k_basis], work.scores);
-    g += n;
-  }
-  for (int r = 0; r < task.num_rows; r++) softmax_row(a, work, r, Dv, tile_key, at, stop - at);
-  for (int g = at; g < stop;) {
-    int n = 1;
-    while (g + n < stop && groups[g + n].v_form == groups[g].v_form && groups[g + n].v_basis == groups[g].v_basis) n++;
-    const int basis = groups[g].v_basis;
-    value_kernels[form_index(groups[g].v_form)][task.num_rows - 1](groups, g, n, B, Dv, work, work.shift_lanes[basis],
-                                                                   values_of(work, basis));
-    g += n;
-  }
+  if (bands >= PANEL_BANDS) unpack_tile(groups, at, stop, Dk, Dv, work);
+  for (int b = 0; b < bands; b++)
+    if (ranges[b].high > tile_key && ranges[b].low < tile_key + TILE && ranges[b].high > ranges[b].low)
+      attend_groups(a, groups, tile_key, ranges[b].low, ranges[b].high, work, work.band[b]);
   return KV_OK;
 }
 
 // The rotated values of one row, back in the model's basis, join the others.
-static void add_rotated(Work& work, int r, int dim) {
-  float* rotated = work.rotated_acc + r * MAX_DIM;
-  const float shift = horizontal_sum(load<VF>(work.shift_lanes[ROTATED] + r * GROUP));
+static void add_rotated(Band& band, int r, int dim) {
+  float* rotated = band.rotated_acc + r * MAX_DIM;
+  const float shift = horizontal_sum(load<VF>(band.shift_lanes[ROTATED] + r * GROUP));
   for (int d = 0; d < dim; d++) rotated[d] += shift;
   rotate(rotated, dim);
-  for (int d = 0; d < dim; d++) work.split.acc[r * MAX_DIM + d] += rotated[d];
+  for (int d = 0; d < dim; d++) band.split.acc[r * MAX_DIM + d] += rotated[d];
+}
+
+static void begin_split(Band& band, int dim) {
+  for (int r = 0; r < band.num_rows; r++) {
+    band.split.maximum[r] = -__builtin_inff();
+    for (int d = 0; d < dim; d++) band.split.acc[r * MAX_DIM + d] = band.rotated_acc[r * MAX_DIM + d] = 0.0f;
+    for (int i = 0; i < GROUP; i++) {
+      band.total_lanes[r * GROUP + i] = 0.0f;
+      band.shift_lanes[PLAIN][r * GROUP + i] = band.shift_lanes[ROTATED][r * GROUP + i] = 0.0f;
+    }
+  }
+}
+
+static void end_split(Band& band, int dim, bool has_rotated) {
+  Partial& part = band.split;
+  for (int r = 0; r < band.num_rows; r++) {
+    part.total[r] = horizontal_sum(load<VF>(band.total_lanes + r * GROUP));
+    const float shift = horizontal_sum(load<VF>(band.shift_lanes[PLAIN] + r * GROUP));
+    for (int d = 0; d < dim; d++) part.acc[r * MAX_DIM + d] += shift;
+    if (has_rotated) add_rotated(band, r, dim);
+  }
 }
 
 static int attend_split(const KvAttention& a, const Task& task, int split, Work& work) {
-  Partial& part = work.split;
-  const int Dv = a.cache->body.v.head_dim;
-  for (int r = 0; r < task.num_rows; r++) {
-    part.maximum[r] = -__builtin_inff();
-    for (int d = 0; d < Dv; d++) part.acc[r * MAX_DIM + d] = work.rotated_acc[r * MAX_DIM + d] = 0.0f;
-    for (int i = 0; i < GROUP; i++) {
-      work.total_lanes[r * GROUP + i] = 0.0f;
-      work.shift_lanes[PLAIN][r * GROUP + i] = work.shift_lanes[ROTATED][r * GROUP + i] = 0.0f;
-    }
+  const int Dv = a.cache->body.v.head_dim, bands = num_bands(task);
+  KeyRange ranges[MAX_BANDS];
+  for (int b = 0; b < bands; b++) {
+    begin_split(work.band[b], Dv);
+    ranges[b] = visible_keys(a, split, work.band[b]);
   }
-  int low = split * SPLIT, high = min_of(low + SPLIT, work.position[task.num_rows - 1] + 1);
-  if (a.window > 0) low = max_of(low, work.position[0] - a.window + 1);
-  for (int key = low / TILE * TILE; key < high; key += TILE) {
-    const int status = attend_tile(a, task, key, low, high, work);
+  for (int key = ranges[0].low / TILE * TILE; key < ranges[bands - 1].high; key += TILE) {
+    const int status = attend_tile(a, task, key, ranges, work);
     if (status != KV_OK) return status;
   }
-  for (int r = 0; r < task.num_rows; r++) {
-    part.total[r] = horizontal_sum(load<VF>(work.total_lanes + r * GROUP));
-    const float shift = horizontal_sum(load<VF>(work.shift_lanes[PLAIN] + r * GROUP));
-    for (int d = 0; d < Dv; d++) part.acc[r * MAX_DIM + d] += shift;
-    if (work.has_values[ROTATED]) add_rotated(work, r, Dv);
-  }
+  for (int b = 0; b < bands; b++) end_split(work.band[b], Dv, work.has_values[ROTATED]);
   return KV_OK;
 }
 
@@ -207,29 +240,56 @@ KV_INLINE const float* find_bases(const KvCache& cache, const KvSide KvArena::*s
   return is_rotated(body.codec) ? body.centre : first.centre;
 }
 
+// Row r of a task: where it lies in q and out (times the head dim), and its position in the sequence.
+struct RowPlace {
+  int64_t at;
+  int head;
+  int position;
+};
+KV_INLINE RowPlace find_row(const KvAttention& a, const Task& task, int r) {
+  const int G = a.num_heads / a.cache->num_kv_heads, start = a.query_start[task.seq];
+  const int row = (task.first_row + r) / G, head = task.kv_head * G + (task.first_row + r) % G;
+  return {static_cast<int64_t>(start + row) * a.num_heads + head, head,
+          a.context_len[task.seq] - (a.query_start[task.seq + 1] - start) + row};
+}
+
+// Row r of `query`: the source's values in its basis, then in fixed point.
+static void load_query(const float* source, const float* centre, int basis, float scale, int dim, bool is_bf16,
+                       Query& query, int r) {
+  float* q = query.q + r * MAX_DIM;
+  for (int d = 0; d < dim; d++) q[d] = source[d];
+  if (basis == ROTATED) rotate(q, dim);
+  float score = 0.0f;
+  if (basis == ROTATED && centre != nullptr)
+    for (int d = 0; d < dim; d++) score += source[d] * centre[d];
+  query.centre[r] = score * scale;
+  quantise_query(query, r, dim);
+  if (!is_bf16) return;
+  uint16_t* bf16 = query.bf16 + r * MAX_DIM;
+  for (int d = 0; d < dim; d++) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, q + d, 4);
+    bf16[d] = static_cast<uint16_t>(bits >> 16);  // exact: that is what it came from
+  }
+}
+
 static void load_queries(const KvAttention& a, const Task& task, Work& work) {
   const KvCache& cache = *a.cache;
-  const int Dk = cache.body.k.head_dim, H = a.num_heads, G = H / cache.num_kv_heads;
-  const int start = a.query_start[task.seq], rows = a.query_start[task.seq + 1] - start;
+  const int Dk = cache.body.k.head_dim, bands = num_bands(task);
   bool has_keys[NUM_BASES];
   find_bases(cache, &KvArena::v, work.has_values);
   const float* centre = find_bases(cache, &KvArena::k, has_keys);
   if (centre != nullptr) centre += static_cast<int64_t>(task.kv_head) * Dk;
-  for (int r = 0; r < task.num_rows; r++) {
-    const int row = (task.first_row + r) / G, head = task.kv_head * G + (task.first_row + r) % G;
-    work.position[r] = a.context_len[task.seq] - rows + row;
-    const float* source = a.q + (static_cast<int64_t>(start + row) * H + head) * Dk;
-    for (int basis = 0; basis < NUM_BASES; basis++) {
-      if (!has_keys[basis]) continue;
-      Query& query = work.query[basis];
-      float* q = query.q + r * MAX_DIM;
-      for (int d = 0; d < Dk; d++) q[d] = source[d];
-      if (basis == ROTATED) rotate(q, Dk);
-      float score = 0.0f;
-      if (basis == ROTATED && centre != nullptr)
-        for (int d = 0; d < Dk; d++) score += source[d] * centre[d];
-      query.centre[r] = score * a.scale;
-      quantise_query(query, r, Dk);
+  for (int b = 0; b < bands; b++) {
+    Band& band = work.band[b];
+    band.num_rows = bands >= PANEL_BANDS ? MAX_ROWS : band_rows(task, b);
+    for (int r = 0; r < band.num_rows; r++) {
+      const RowPlace place = find_row(a, task, min_of(b * MAX_ROWS + r, task.num_rows - 1));
+      band.position[r] = place.position;
+      for (int basis = 0; basis < NUM_BASES; basis++)
+        if (has_keys[basis])
+          load_query(a.q + place.at * Dk, centre, basis, a.scale, Dk, a.is_bf16 && basis == PLAIN, band.query[basis],
+                     r);
     }
   }
 }
@@ -248,21 +308,20 @@ static void merge(const Partial& part, Partial& running, int rows, int dim) {
   }
 }
 
-static void finish(const KvAttention& a, const Task& task, const Partial& result) {
-  const int Dv = a.cache->body.v.head_dim, H = a.num_heads, G = H / a.cache->num_kv_heads;
-  for (int r = 0; r < task.num_rows; r++) {
-    const int row = (task.first_row + r) / G, head = task.kv_head * G + (task.first_row + r) % G;
-    const int64_t at = static_cast<int64_t>(a.query_start[task.seq] + row) * H + head;
+static void finish(const KvAttention& a, const Task& task, int band, const Partial& result) {
+  const int Dv = a.cache->body.v.head_dim;
+  for (int r = 0; r < band_rows(task, band); r++) {
+    const RowPlace place = find_row(a, task, band * MAX_ROWS + r);
     float maximum = result.maximum[r], total = result.total[r], keep = 1.0f;
     if (a.sinks != nullptr) {
-      const float with_sink = max_of(maximum, a.sinks[head]);
+      const float sink = a.sinks[place.head], with_sink = max_of(maximum, sink);
       keep = exp_of(maximum - with_sink);
-      total = total * keep + exp_of(a.sinks[head] - with_sink);
+      total = total * keep + exp_of(sink - with_sink);
       maximum = with_sink;
     }
     const float factor = keep / total;
     const float* acc = result.acc + r * MAX_DIM;
-    for (int d = 0; d < Dv; d++) a.out[at * Dv + d] = acc[d] * factor;
-    if (a.lse != nullptr) a.lse[at] = maximum + __builtin_logf(total);
+    for (int d = 0; d < Dv; d++) a.out[place.at * Dv + d] = acc[d] * factor;
+    if (a.lse != nullptr) a.lse[place.at] = maximum + __builtin_logf(total);
   }
 }

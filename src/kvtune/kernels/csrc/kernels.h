@@ -70,6 +70,7 @@ struct KvAttention {
   float scale;
   float softcap;  // 0: none
   int32_t num_threads;
+  int32_t is_bf16;  // q was bf16: products with bf16 keys and values may be of bf16 with bf16
 };
 
 struct KvGather {
@@ -85,14 +86,17 @@ struct KvGather {
 
 namespace kvtune {
 
-constexpr int MAX_DIM = 512;    // largest head dim
-constexpr int MAX_ROWS = 8;     // query rows of one KV head computed together
-constexpr int GROUP = 16;       // tokens side by side in the packed layout
-constexpr int TILE = 64;        // keys of one online-softmax step, at fixed absolute positions
-constexpr int SPLIT = 1024;     // keys reduced by themselves before merging: results do not depend on threads
-constexpr int SPLIT_ROWS = 64;  // fewer query rows than this may be split over the sequence length
+constexpr int MAX_DIM = 512;   // largest head dim
+constexpr int MAX_ROWS = 8;    // query rows of one KV head computed together
+constexpr int MAX_BANDS = 8;   // sets of MAX_ROWS that share one pass over the keys
+constexpr int PANEL_BANDS = 3; // from here on key tiles are unpacked once for all bands
+constexpr int QUERY_TILE = MAX_ROWS * MAX_BANDS;
+constexpr int GROUP = 16;      // tokens side by side in the packed layout
+constexpr int TILE = 64;       // keys of one online-softmax step, at fixed absolute positions
+constexpr int SPLIT = 1024;    // keys reduced by themselves before merging: results do not depend on threads
+constexpr int WAVE = 32;       // (task, split) pairs per thread whose results are kept before they are merged
 
-// Up to MAX_ROWS query rows of one KV head of one sequence. Row r of the sequence's rows x G is query row
+// Up to QUERY_TILE query rows of one KV head of one sequence. Row r of the sequence's rows x G is query row
 // r / G and head kv_head * G + r % G.
 struct Task {
   int32_t seq;
@@ -101,7 +105,12 @@ struct Task {
   int32_t num_rows;
 };
 
-// Running softmax state of the rows of a task.
+constexpr int num_bands(const Task& t) { return (t.num_rows + MAX_ROWS - 1) / MAX_ROWS; }
+constexpr int band_rows(const Task& t, int band) {
+  return t.num_rows - band * MAX_ROWS < MAX_ROWS ? t.num_rows - band * MAX_ROWS : MAX_ROWS;
+}
+
+// Running softmax state of the rows of a band.
 struct Partial {
   float maximum[MAX_ROWS];
   float total[MAX_ROWS];
@@ -111,44 +120,55 @@ struct Partial {
 // Keys and values lie in the model's own basis, or rotated by Hadamard blocks.
 enum Basis { PLAIN = 0, ROTATED = 1, NUM_BASES = 2 };
 
-// The query rows of a task in one basis, in float and in 16-bit fixed point (256 x high + low) x step.
+// The query rows of a band in one basis: in float, in 16-bit fixed point (256 x high + low) x step, and in bf16
+// where they came so.
 struct Query {
   alignas(64) float q[MAX_ROWS * MAX_DIM];
   alignas(64) int8_t high[MAX_ROWS * MAX_DIM];
   alignas(64) int8_t low[MAX_ROWS * MAX_DIM];
+  alignas(64) uint16_t bf16[MAX_ROWS * MAX_DIM];
   int32_t bytes_sum[MAX_ROWS];  // sum of 256 x high + low
   float step[MAX_ROWS];
   float sum[MAX_ROWS];
   float centre[MAX_ROWS];  // score of the centre that encoding took from every key
 };
 
-// Scratch of one thread.
-struct Work {
+// Up to MAX_ROWS rows of a task: what they ask and what they have seen of the present split.
+struct Band {
   Query query[NUM_BASES];  // those the cache has keys in
-  alignas(64) float scores[MAX_ROWS * TILE];
-  alignas(64) float weights[MAX_ROWS * TILE];
-  alignas(64) int8_t w_high[MAX_ROWS * TILE];
-  alignas(64) int8_t w_low[MAX_ROWS * TILE];
-  alignas(64) uint8_t v_tail[GROUP * MAX_DIM * 4];
   alignas(64) float total_lanes[MAX_ROWS * GROUP];  // the softmax sum, lane by lane until the split ends
   alignas(64) float shift_lanes[NUM_BASES][MAX_ROWS * GROUP];  // sum of weight x offset of V, the same way
   alignas(64) float rotated_acc[MAX_ROWS * MAX_DIM];           // of values in the rotated basis, until the split ends
-  bool has_values[NUM_BASES];
   int32_t position[MAX_ROWS];
+  int32_t num_rows;  // computed; in a task of PANEL_BANDS all, the rows beyond the task's repeat its last
   Partial split;
   Partial running;
 };
 
+// Scratch of one thread.
+struct Work {
+  alignas(64) float scores[MAX_ROWS * TILE];
+  alignas(64) float weights[MAX_ROWS * TILE];
+  alignas(64) int8_t w_high[MAX_ROWS * TILE];
+  alignas(64) int8_t w_low[MAX_ROWS * TILE];
+  alignas(64) uint16_t w_bf16[MAX_ROWS * TILE];
+  alignas(64) uint8_t v_tail[GROUP * MAX_DIM * 4];
+  alignas(64) uint8_t k_panel[TILE * MAX_DIM * 4];
+  alignas(64) uint8_t v_panel[TILE * MAX_DIM * 4];
+  bool has_values[NUM_BASES];
+  Band band[MAX_BANDS];
+};
+
 // What one instruction set offers; the tables live in attention.cpp and write.cpp, compiled once for each.
 struct AttentionTable {
-  // Reduce the task's rows over keys [split * SPLIT, ...) into work.split. Returns a KvStatus.
+  // Reduce the task's rows over keys [split * SPLIT, ...) into each band's `split`. Returns a KvStatus.
   int (*attend_split)(const KvAttention&, const Task&, int split, Work&);
-  // Load the task's query rows into work, in float and in 16-bit fixed point.
+  // Load the task's query rows into the bands.
   void (*load_queries)(const KvAttention&, const Task&, Work&);
   // running <- running merged with part, by log-sum-exp.
   void (*merge)(const Partial& part, Partial& running, int rows, int dim);
-  // Apply sinks, normalise, store out and lse.
-  void (*finish)(const KvAttention&, const Task&, const Partial&);
+  // Of one band: apply sinks, normalise, store out and lse.
+  void (*finish)(const KvAttention&, const Task&, int band, const Partial&);
 };
 
 struct WriteTable {
@@ -167,6 +187,9 @@ KV_DECLARE_ISA(portable)
 #ifdef KVTUNE_X86
 KV_DECLARE_ISA(avx2)
 KV_DECLARE_ISA(avx512)
+#ifdef KVTUNE_BF16
+KV_DECLARE_ISA(avx512_bf16)
+#endif
 #endif
 
 }  // namespace kvtune

@@ -123,39 +123,63 @@ KV_INLINE float exp_of(float x) { return exp_of(splat(x))[0]; }
 // ---- forms: how the codes of a group are read --------------------------------------------------------------
 //
 // A form is the KvCodec whose codes look the same: KV_INT4 for KV_INT4_RH too, and KV_N4_RH for KV_N8_RH whose
-// low plane is not there. Value of a code c: step x (c - offset_of_codes) + base, both from the strip.
+// low plane is not there; or BF16_DOT, bf16 multiplied as such instead of in float. Value of a code c:
+// step x (c - offset_of_codes) + base, both from the strip.
 //
 // The offset centres codes. Fixed-point products need it: the rounding of weights times a code's mean would be an
 // error common to all dims, which the rotation gathers in one of them.
+//
+// PANEL | form is the same, once unpacked for many rows: codes as bytes where products are of bytes, else as floats;
+// forms that have nothing to unpack stay where they are.
 
-constexpr int NUM_FORMS = 8;
-KV_INLINE int form_index(int form) { return form < KV_INT4_RH ? form : form - 1; }
+constexpr int BF16_DOT = 9;
+constexpr int PANEL = 16;
+constexpr int NUM_FORMS = 9;
+constexpr int base_form(int form) { return form & (PANEL - 1); }
+constexpr bool is_panel(int form) { return form >= PANEL; }
+constexpr int form_index(int form) { return base_form(form) < KV_INT4_RH ? base_form(form) : base_form(form) - 1; }
 KV_INLINE int form_of(int codec, bool has_low) {
   return codec == KV_INT4_RH ? KV_INT4 : codec == KV_N8_RH && !has_low ? KV_N4_RH : codec;
 }
-constexpr bool has_scale(int codec) { return codec >= KV_INT8; }
-constexpr bool has_base(int codec) { return codec >= KV_INT8 && codec != KV_INT8 && codec != KV_FP8; }
-constexpr bool is_integer(int form) { return form >= KV_INT8 && form != KV_FP8; }
+constexpr bool has_scale(int form) { return base_form(form) >= KV_INT8 && base_form(form) != BF16_DOT; }
+constexpr bool has_base(int form) {
+  return has_scale(form) && base_form(form) != KV_INT8 && base_form(form) != KV_FP8;
+}
+constexpr bool is_integer(int form) { return has_scale(form) && base_form(form) != KV_FP8; }
 constexpr bool is_rotated(int codec) { return codec >= KV_INT4_RH; }
-
-template <int FORM, class T> KV_INLINE T step_of(T scale) { return FORM == KV_N4_RH ? scale * 16.0f : scale; }
 #ifdef KV_VNNI
-constexpr int NIBBLE_OFFSET = 8;
+constexpr bool has_byte_products = true;
 #else
-constexpr int NIBBLE_OFFSET = 0;
+constexpr bool has_byte_products = false;
 #endif
+// Whether a panel of this form differs from what is stored.
+constexpr bool unpacks(int form) {
+  const int base = base_form(form);
+  return base == KV_FP16 || (has_scale(base) && !(has_byte_products && base == KV_INT8));
+}
+
+template <int FORM, class T> KV_INLINE T step_of(T scale) { return base_form(FORM) == KV_N4_RH ? scale * 16.0f : scale; }
+constexpr int NIBBLE_OFFSET = has_byte_products ? 8 : 0;
 constexpr int offset_of_codes(int form) {
-  return form == KV_INT8 || form == KV_N8_RH ? 128 : form == KV_INT4 || form == KV_N4_RH ? NIBBLE_OFFSET : 0;
+  const int base = base_form(form);
+  return base == KV_INT8 || base == KV_N8_RH ? 128 : base == KV_INT4 || base == KV_N4_RH ? NIBBLE_OFFSET : 0;
 }
 template <int FORM, class T> KV_INLINE T base_of(T scale, T minimum) {
-  constexpr float middle = FORM == KV_N4_RH ? 7.5f : 0.0f;
-  constexpr float offset = static_cast<float>(offset_of_codes(FORM)) * (FORM == KV_N4_RH ? 16.0f : 1.0f);
+  constexpr float middle = base_form(FORM) == KV_N4_RH ? 7.5f : 0.0f;
+  constexpr float offset = static_cast<float>(offset_of_codes(FORM)) * (base_form(FORM) == KV_N4_RH ? 16.0f : 1.0f);
   return offset + middle == 0.0f ? minimum : minimum + scale * (offset + middle);
 }
 
 // Elements of a 4-byte word: how many, and element J of each lane as float, without scale. `l`: the word of the
-// low plane, where there is one.
-template <int CODEC> struct Elements;
+// low plane, where there is one. The general case is that of panels.
+template <int FORM> struct Elements {
+  static constexpr int count =
+      !unpacks(FORM) ? Elements<base_form(FORM)>::count : has_byte_products && is_integer(FORM) ? 4 : 1;
+  template <int J> static inline __attribute__((always_inline)) VF get(VU w, VU l) {
+    if constexpr (unpacks(FORM)) return as_float(w);
+    else return Elements<base_form(FORM)>::template get<J>(w, l);
+  }
+};
 template <> struct Elements<KV_FP32> {
   static constexpr int count = 1;
   template <int J> static inline __attribute__((always_inline)) VF get(VU w, VU) { return as_float(w); }
@@ -166,6 +190,7 @@ template <> struct Elements<KV_BF16> {
     return as_float(J == 0 ? w << 16 : w & 0xffff0000u);
   }
 };
+template <> struct Elements<BF16_DOT> : Elements<KV_BF16> {};
 template <> struct Elements<KV_FP16> {
   static constexpr int count = 2;
   template <int J> static inline __attribute__((always_inline)) VF get(VU w, VU) {
@@ -210,9 +235,14 @@ KV_INLINE int nibble_at(const uint8_t* p, int j) { return (p[j % 4] >> (4 * (j /
 
 // Element j of a word at p (and low, its low plane), one at a time (dims that do not fill a vector).
 KV_INLINE float element_at(int form, const uint8_t* p, const uint8_t* low, int j) {
-  switch (form) {
+  if (is_panel(form) && unpacks(form)) {
+    if (has_byte_products && is_integer(form)) return static_cast<float>(p[j] - offset_of_codes(form));
+    float x; __builtin_memcpy(&x, p, 4); return x;
+  }
+  switch (base_form(form)) {
     case KV_FP32: { float x; __builtin_memcpy(&x, p, 4); return x; }
-    case KV_BF16: {
+    case KV_BF16:
+    case BF16_DOT: {
       uint16_t h; __builtin_memcpy(&h, p + 2 * j, 2);
       const uint32_t bits = static_cast<uint32_t>(h) << 16;
       float x; __builtin_memcpy(&x, &bits, 4); return x;
