@@ -23,7 +23,7 @@ from kvtune.tune.settings import TuneSettings
 from kvtune.tune.space import SearchSpace, with_layers
 from kvtune.tune.trial import Status, Trial
 
-__all__ = ["LayerSearch", "LayerSearchResult", "LayerTable", "layer_record"]
+__all__ = ["LayerSearch", "LayerSearchResult", "LayerTable", "kl_of", "layer_record"]
 
 MEASURE_SHARE = 0.6
 """Of the seconds given, what may go into sensitivities; the rest judges tables."""
@@ -162,7 +162,7 @@ class LayerSearch:
     def _search(self, anchor: Config, units: Sequence[Unit]) -> None:
         limit = self._settings.limits.kl
         known = self._evaluator.verdicts.get(self._space.read_key(anchor), {})
-        spent = float(known.get("metrics", {}).get("kl", {}).get("excess", {}).get("value") or 0.0)
+        spent = kl_of(known)
         problem = _Problem(anchor=anchor, units=units, num_bytes=self._bytes(anchor), spent=spent)
         worth = -MIN_SAVED * problem.num_bytes
         front = [a for a in frontier(units) if a.num_bytes <= worth and spent + a.harm <= HOPELESS * limit]
@@ -248,6 +248,11 @@ def _between(
     """The middle budget between those known to fail and to pass."""
     open_ = [a for a in front if failed < a.num_bytes < passed and a.choice not in known]
     return open_[len(open_) // 2] if open_ else None
+
+
+def kl_of(quality: Mapping[str, Any] | None) -> float:
+    """Mean KL above the A/A floor [nats per token] of a verdict's record; 0 where every bit was equal."""
+    return float((quality or {}).get("metrics", {}).get("kl", {}).get("excess", {}).get("value") or 0.0)
 
 
 def layer_record(

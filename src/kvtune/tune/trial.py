@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any, Self
 
-__all__ = ["Objective", "Status", "Trial"]
+__all__ = ["TIE", "Objective", "Status", "Trial"]
 
 TIE = 1e-3
 """Bytes per token closer than this count as equal; then goodput decides."""

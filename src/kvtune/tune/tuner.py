@@ -26,13 +26,13 @@ from kvtune.tune.ablation import Ablation
 from kvtune.tune.confirmation import Confirmation, Confirmed, candidate_s, reserve_s
 from kvtune.tune.evaluation import Evaluator, may_pass, plain
 from kvtune.tune.evidence import evidence_record
-from kvtune.tune.layer_search import LayerSearch, LayerSearchResult, layer_record
+from kvtune.tune.layer_search import LayerSearch, LayerSearchResult, kl_of, layer_record
 from kvtune.tune.outcome import Outcome, is_better_confirmed
 from kvtune.tune.pace import Pace
 from kvtune.tune.settings import Progress, ProgressEvent, TuneResult, TuneSettings
 from kvtune.tune.space import SearchSpace
 from kvtune.tune.study import JOURNAL, Study, locked_folder
-from kvtune.tune.trial import Status, Trial
+from kvtune.tune.trial import TIE, Status, Trial
 from kvtune.workload import TokenRequest, split_by_session
 
 __all__ = ["run"]
@@ -277,7 +277,12 @@ class _Run:
             rng=self._rng, left_s=lambda: self._pace.left_s - self._reserve_s() - self._pace.cost_s("trial"),
             say=functools.partial(self._say, "layers"),
         )  # fmt: skip
-        found = search.run(self._best_of(uniform).config)
+        size = self._best_of(uniform).bytes_per_token or 0.0
+        anchor = min(
+            (t for t in uniform if t.bytes_per_token is not None and t.bytes_per_token <= size * (1 + TIE)),
+            key=lambda t: kl_of(t.quality),
+        )
+        found = search.run(anchor.config)
         for table in sorted(found.tables, key=lambda t: t.num_bytes):
             self._ladder.append((table.num_bytes, dict(table.config)))
             if self._space.label(table.config) in self._seen:
