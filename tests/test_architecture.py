@@ -17,7 +17,8 @@ TENSOR_FREE = (
     "kvtune.workload", "kvtune.predict", "kvtune.cache", "kvtune.sched", "kvtune.report", "kvtune.quality",
     "kvtune.tune", "kvtune.cli.main", "kvtune.cli.plan", "kvtune.cli.trace", "kvtune.cli.tune",
     "kvtune.cli.emit", "kvtune.cli.bench", "kvtune.cli.doctor", "kvtune.cli.simulate", "kvtune.cache.replay",
-    "kvtune.latency", "kvtune.sim", "kvtune.cli.simulate_serve",
+    "kvtune.latency", "kvtune.sim", "kvtune.cli.simulate_serve", "kvtune.printable", "kvtune.standing",
+    "kvtune.cli.check", "kvtune.cli.verify",
 )  # fmt: skip
 
 
@@ -70,7 +71,7 @@ def test_errors_under_json_are_exactly_one_object_on_stdout() -> None:
 def test_help_names_every_verb() -> None:
     result = kvtune_command("--help")
     assert result.returncode == 0
-    for verb in ("plan", "trace", "simulate", "tune", "emit", "bench", "doctor"):
+    for verb in ("plan", "trace", "simulate", "tune", "emit", "check", "verify", "bench", "doctor"):
         assert verb in result.stdout
 
 
