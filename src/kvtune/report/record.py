@@ -209,7 +209,9 @@ def short_config(config: Any) -> str:
     """A configuration in a few characters for a figure: its K and V codecs or its one KV dtype."""
     fields = as_mapping(config)
     if "k_codec" in fields or "v_codec" in fields:
-        return f"{show(fields.get('k_codec'))}/{show(fields.get('v_codec'))}"
+        pair = f"{show(fields.get('k_codec'))}/{show(fields.get('v_codec'))}"
+        apart = len(as_mapping(fields.get("layer_codecs")))
+        return f"{pair}, {apart} layer{'s' * (apart > 1)} of their own" if apart else pair
     if "kv_dtype" in fields:
         return show(fields["kv_dtype"])
     return ", ".join(f"{k}={show(v)}" for k, v in list(fields.items())[:2]) or NOT_RECORDED

@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from kvtune.report.allocation_sections import allocation_section
 from kvtune.report.ablation_sections import ablation_section
 from kvtune.report.blocks import Code, Section
 from kvtune.report.comparison import comparison_section, noise_section, rejected_section
@@ -31,6 +32,7 @@ def sections(result: Mapping[str, Any]) -> tuple[Section, ...]:
         noise_section(result),
         trials_section(result),
         ablation_section(result),
+        allocation_section(result),
         quality_section(result),
         cases_section(result),
         position_section(result),
