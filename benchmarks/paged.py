@@ -1,0 +1,91 @@
+"""Filled paged caches and torch's SDPA over the same shapes, for the attention benchmarks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from harness import Call
+
+from kvtune.codecs import write_kv
+from kvtune.kernels import AttentionBatch, Backend, LayerCache, paged_attention
+from kvtune.spec import PackedLayout
+
+CODECS = [("bf16", "bf16"), ("int8", "int8"), ("int8", "int4"), ("int4", "int4"), ("fp32", "fp32"),
+          ("n8_rh", "n8_rh"), ("n8_rh one plane", "n8_rh one plane"), ("int4_rh", "int4_rh"),
+          ("fp8", "fp8")]  # fmt: skip
+ONE_PLANE = " one plane"
+BLOCK_SIZE = 16
+
+
+@dataclass(frozen=True)
+class Shape:
+    """`kv_heads` with `group` query heads each; `rows` new tokens of each sequence end its `context`."""
+
+    kv_heads: int
+    group: int
+    head_dim: int
+    num_seqs: int
+    context: int
+    rows: int = 1
+
+    @property
+    def flop(self) -> float:
+        """Products of scores and values under the causal mask, multiply and add counted apart."""
+        keys = self.rows * (self.context - self.rows) + self.rows * (self.rows + 1) / 2
+        return 4.0 * self.num_seqs * self.kv_heads * self.group * self.head_dim * keys
+
+
+def make_cache(codecs: tuple[str, str], shape: Shape, backend: Backend) -> tuple[LayerCache, torch.Tensor]:
+    """A cache filled with normal K and V through shuffled blocks, and its block table."""
+    layout = PackedLayout(
+        block_size=BLOCK_SIZE,
+        num_kv_heads=shape.kv_heads,
+        k_head_dim=shape.head_dim,
+        v_head_dim=shape.head_dim,
+        k_codec=codecs[0].removesuffix(ONE_PLANE),
+        v_codec=codecs[1].removesuffix(ONE_PLANE),
+    )
+    per_seq = -(-shape.context // BLOCK_SIZE)
+    cache = LayerCache.allocate(layout, shape.num_seqs * per_seq)
+    order = torch.randperm(shape.num_seqs * per_seq, generator=torch.Generator().manual_seed(0))
+    table = order.to(torch.int32).view(shape.num_seqs, -1)
+    positions = torch.arange(shape.context)
+    size = (2, shape.context, shape.kv_heads, shape.head_dim)
+    for s in range(shape.num_seqs):
+        k, v = torch.randn(size, generator=torch.Generator().manual_seed(s)).unbind(0)
+        slots = table[s][positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE
+        write_kv(cache, k, v, slots, backend=backend)
+    cache.k_planes = 1 if codecs[0].endswith(ONE_PLANE) else 2
+    cache.v_planes = 1 if codecs[1].endswith(ONE_PLANE) else 2
+    return cache, table
+
+
+def read_bytes(cache: LayerCache, shape: Shape) -> float:
+    """Bytes of K and V a call has to read: one plane where reads take one."""
+    layout = cache.layout
+    skipped = (layout.k_low_bytes if cache.k_planes == 1 else 0) + (
+        layout.v_low_bytes if cache.v_planes == 1 else 0
+    )
+    return (layout.block_bytes - skipped) / BLOCK_SIZE * shape.num_seqs * shape.context
+
+
+def paged_call(
+    q: torch.Tensor, cache: LayerCache, table: torch.Tensor, shape: Shape, backend: Backend
+) -> Call:
+    batch = AttentionBatch(
+        torch.arange(shape.num_seqs + 1, dtype=torch.int32) * shape.rows,
+        torch.full((shape.num_seqs,), shape.context, dtype=torch.int32),
+        table,
+        torch.full((len(q),), -1),
+    )
+    return lambda: paged_attention(q, cache, batch, scale=shape.head_dim**-0.5, backend=backend)
+
+
+def queries(shape: Shape) -> torch.Tensor:
+    """bf16 [sequences x rows, H, d]."""
+    heads = shape.kv_heads * shape.group
+    q = torch.randn(
+        shape.num_seqs * shape.rows, heads, shape.head_dim, generator=torch.Generator().manual_seed(7)
+    )
+    return q.to(torch.bfloat16)
