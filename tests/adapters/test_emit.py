@@ -77,8 +77,18 @@ def test_a_lossy_recipe_of_our_engine_is_refused_for_vllm_with_what_to_do():
 
 def test_one_lossy_layer_is_enough_to_refuse():
     knobs = OWN_KNOBS | {"k_codec": "bf16", "v_codec": "bf16", "layer_codecs": {3: ("bf16", "int8")}}
-    with pytest.raises(UsageError, match="int8"):
+    with pytest.raises(UsageError, match=r"layer 3 bf16/int8.*one KV cache dtype.*--engine vllm") as refused:
         emit_recipe(recipe_of({"name": "kvtune"}, knobs), Path("r"), "vllm")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_table_by_layer_is_kept_where_the_recipe_goes_to_transformers(tmp_path: Path):
+    knobs = OWN_KNOBS | {"layer_codecs": {3: ("bf16", "int8")}}
+    recipe = recipe_of({"name": "kvtune"}, knobs)
+    emission = emit_recipe(Recipe.load(recipe.save(tmp_path / "recipe.json")), tmp_path / "recipe.json",
+                           "transformers")  # fmt: skip
+    assert "Engine.from_recipe" in emission.text
+    assert Recipe.load(tmp_path / "recipe.json").cache_config().codecs_of(3) == ("bf16", "int8")
 
 
 def test_a_lossless_recipe_of_our_engine_is_carried_to_vllm_with_a_warning():

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from kvtune.adapters.vllm_install import knob_flags
-from kvtune.config import parse_bytes
+from kvtune.config import format_layer_codecs, parse_bytes
 from kvtune.errors import InputFileError, UsageError
 from kvtune.model_folder import has_tokenizer
 from kvtune.printable import one_line, printable
@@ -130,6 +130,13 @@ def _carry_to_vllm(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
     """Our engine's knobs as vLLM's; only the lossless ones have an equal there."""
     _require_own(recipe)
     cache = recipe.configuration["cache"]
+    table = format_layer_codecs(recipe.cache_config().layer_codecs)
+    if table:
+        raise UsageError(
+            f"this recipe gives layers codecs of their own ({table}); vLLM has one KV cache dtype for all. "
+            f"Emit --target transformers, or prove one for vLLM: "
+            f"kvtune tune {_model(recipe)} --workload FILE --engine vllm"
+        )
     codecs = _own_codecs(cache)
     if not codecs <= set(_LOSSLESS_OURS):
         stored = " and ".join(sorted(codecs))
@@ -229,10 +236,7 @@ def _keywords(values: Mapping[str, Any]) -> str:
 
 
 def _own_codecs(cache: Mapping[str, Any]) -> set[str]:
-    codecs = {str(cache.get("k_codec", "bf16")), str(cache.get("v_codec", "bf16"))}
-    for pair in dict(cache.get("layer_codecs") or {}).values():
-        codecs |= {str(codec) for codec in pair}
-    return codecs
+    return {str(cache.get("k_codec", "bf16")), str(cache.get("v_codec", "bf16"))}
 
 
 def _require_own(recipe: Recipe) -> None:

@@ -15,7 +15,14 @@ import typer
 
 from kvtune.cli.options import HighValue, Judge
 from kvtune.cli.screen import say
-from kvtune.config import MAX_SEED, EngineConfig, format_bytes, parse_bytes, parse_duration
+from kvtune.config import (
+    MAX_SEED,
+    EngineConfig,
+    format_bytes,
+    format_layer_codecs,
+    parse_bytes,
+    parse_duration,
+)
 from kvtune.errors import UsageError
 from kvtune.printable import one_line
 
@@ -63,6 +70,9 @@ def tune(
     margin: Annotated[
         str, typer.Option(help="What counts as harm: near-lossless | balanced | aggressive.")
     ] = "near-lossless",
+    per_layer: Annotated[
+        bool, typer.Option(help="Also search codecs layer by layer (kvtune's engine).")
+    ] = True,
     high_value: HighValue = None,
     judge: Judge = None,
     trace_block_size: Annotated[
@@ -95,7 +105,7 @@ def tune(
         budget_s=parse_duration((DEMO_BUDGET if demo else DEFAULT_BUDGET) if budget is None else budget),
         margin=margin_named(margin).name, probe_margin=DEMO_PROBE_MARGIN if demo else None,
         slo=None if slo is None else parse_slo(slo),
-        kv_budget_bytes=parse_bytes(kv_budget), seed=seed, resume=resume,
+        kv_budget_bytes=parse_bytes(kv_budget), seed=seed, resume=resume, per_layer=per_layer,
         engine={"dtype": dtype, "max_model_len": max_model_len, "num_threads": threads, "pad_rows": pad_rows},
         replay=ReplaySettings() if engine == "kvtune" else ReplaySettings(num_decode=0, max_top=VLLM_TOP),
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -116,7 +126,7 @@ def tune(
                          out=out, slo=slo, margin=margin, dtype=dtype, seed=seed, scale=scale,
                          max_model_len=max_model_len, num_requests=num_requests, vllm_python=vllm_python,
                          trace_block_size=trace_block_size, threads=threads, high_value=high_value,
-                         judge=judge),
+                         judge=judge, per_layer=per_layer),
         questions=gate_questions(requests, tokens, model_path, max_model_len=length, seed=seed,
                                  high_value=high_value, judge=judge),
         text=_reader(model_path), emit=_emitted,
@@ -269,10 +279,12 @@ def _interrupted(folder: Path, command: str) -> str:
 def _command(model: Path | None, workload: Path | None, *, demo: bool, **flags: Any) -> str:
     """The command that repeats this run: what differs from the defaults."""
     defaults = {"engine": "kvtune", "kv_budget": "1GiB", "margin": "near-lossless", "dtype": "auto",
-                "seed": 0, "scale": 1.0}  # fmt: skip
+                "seed": 0, "scale": 1.0, "per_layer": True}  # fmt: skip
     words = ["kvtune", "tune", *([] if model is None else [str(model)]), *(["--demo"] if demo else [])]
     for name, value in {"workload": workload, **flags}.items():
-        if value is not None and value != defaults.get(name):
+        if value is False:
+            words.append(f"--no-{name.replace('_', '-')}")
+        elif value is not None and value != defaults.get(name):
             words += [f"--{name.replace('_', '-')}", str(value)]
     return shlex.join(words)
 
@@ -376,8 +388,15 @@ def _failing_line(step: Mapping[str, Any] | None, before: float) -> str:
 
 def _codecs(config: Mapping[str, Any]) -> str:
     names = [f"{k} {config[k]}" for k in ("k_codec", "v_codec", "kv_dtype") if k in config]
-    return ", ".join(names) or _knobs(config)
+    return ", ".join([*names, *_layers(config)]) or _knobs(config)
 
 
 def _knobs(config: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in config.items())
+    return ", ".join(
+        [f"{name} {value}" for name, value in config.items() if name != "layer_codecs"] + _layers(config)
+    )
+
+
+def _layers(config: Mapping[str, Any]) -> list[str]:
+    """Codecs of the layers that have their own, in one text."""
+    return [f"but {format_layer_codecs(config['layer_codecs'])}"] if config.get("layer_codecs") else []
