@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, Self
@@ -18,6 +19,13 @@ from typing import Any, Self
 BROWSER = next((b for b in ("chromium-headless-shell", "chromium", "google-chrome") if shutil.which(b)), None)
 
 DESKTOP, PHONE = (1280, 900), (390, 844)
+
+
+_LAUNCH = """import os, sys
+read, write = (os.dup2(int(fd), 90 + i) for i, fd in enumerate(sys.argv[1:3]))
+os.dup2(read, 3), os.dup2(write, 4)
+os.execvp(sys.argv[3], sys.argv[3:])"""
+"""The browser wants its pipe on 3 and 4, whatever the pipe's own numbers are."""
 
 
 class Browser:
@@ -28,9 +36,9 @@ class Browser:
         ours, theirs = os.pipe(), os.pipe()  # we write into the first, read from the second
         self._write, self._read = ours[1], theirs[0]
         self._process = subprocess.Popen(
-            ["sh", "-c", 'exec 3<&"$0" 4>&"$1"; shift; exec "$@"', str(ours[0]), str(theirs[1]), str(BROWSER),
-             "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--no-first-run",
-             "--disable-background-networking", "--hide-scrollbars", f"--user-data-dir={profile}",
+            [sys.executable, "-S", "-c", _LAUNCH, str(ours[0]), str(theirs[1]), str(BROWSER), "--headless",
+             "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--no-first-run",
+             "--hide-scrollbars", "--disable-background-networking", f"--user-data-dir={profile}",
              "about:blank"],
             pass_fds=(ours[0], theirs[1]), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
@@ -162,8 +170,11 @@ class Shown(HTMLParser):
 
 
 def resolve(record: Any, pointer: str) -> Any:
-    """The value that a JSON pointer leads to; KeyError where it leads nowhere."""
+    """The value that a JSON pointer leads to; None where it leads nowhere."""
     for part in pointer.split("/")[1:]:
         key = part.replace("~1", "/").replace("~0", "~")
-        record = record[int(key)] if isinstance(record, list) else record[key]
+        if isinstance(record, list):
+            record = record[int(key)]
+        else:
+            record = record.get(key) if isinstance(record, dict) else None
     return record

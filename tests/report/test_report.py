@@ -105,3 +105,86 @@ def test_two_hundred_trials_stay_under_two_megabytes() -> None:
     result = sample_result()
     result["trials"] = [{**t, "number": i} for i, t in enumerate(result["trials"] * 20)]
     assert len(render(result).encode()) < 2_000_000
+
+
+def test_invisible_and_unencodable_characters_are_shown_as_escapes() -> None:
+    hostile = "a\u202egnp.exe\x00\x1b[31m\ud800\U000e0041b"
+    result = sample_result()
+    result["answers_side_by_side"]["samples"][0] |= {"request_id": hostile, "winner": hostile}
+    result["quality"]["reason"] = hostile
+    for text in (render(result), render_markdown(result)):
+        text.encode()
+        assert not {"\u202e", "\x00", "\x1b", "\ud800", "\U000e0041"} & set(text)
+        assert "\\u202e" in text.replace("\\\\", "\\")
+    raw = re.search(r'data-testid="raw"><code>(.*?)</code>', render(result), re.DOTALL)
+    assert raw
+    assert json.loads(html.unescape(raw[1])) == result
+
+
+def test_a_megabyte_in_one_string_stays_one_cell_of_a_small_page() -> None:
+    result = sample_result()
+    result["answers_side_by_side"]["samples"][0]["baseline"] = "x" * 1_000_000
+    assert len(render(result).encode()) < 2_000_000
+
+
+def test_where_harm_begins_and_what_each_setting_gives_are_shown() -> None:
+    result = sample_result()
+    page = render(result)
+    for row in result["ablation"]["variants"]:
+        name = row["setting"]
+        assert shown(page, f"ablation.{name}.bytes")[1] == row["metrics"]["kv_bytes_per_token"]
+        assert shown(page, f"ablation.{name}.kl")[1] == row["quality"]["metrics"]["kl"]["excess"]["value"]
+        assert shown(page, f"ablation.{name}.tpot")[1] == row["ratios"]["tpot_s.mean"]["value"]
+    assert "No time was left to measure: block_size." in page
+    assert shown(page, "failing-bytes") == ("800 B", 800.0)
+
+
+def test_memory_that_was_foreseen_to_the_byte_says_so_and_a_miss_too() -> None:
+    page = render(sample_result())
+    assert page.count("to the byte") == 9  # five moments of two sides, one of them 7 bytes off
+    assert "% off" in page
+    assert shown(page, "memory.winner.in-decode.used_bytes")[1] == 3128 * 1056 + 7
+
+
+def test_differences_between_answers_are_marked_on_both_sides() -> None:
+    page = render(sample_result())
+    assert "<del>path</del>" in page and "<ins>road</ins>" in page
+    assert "<ins>great </ins>" in page or "<ins> great</ins>" in page
+    assert "nowhere: equal" in page
+
+
+def test_every_kind_of_request_is_named_also_the_ones_that_are_missing() -> None:
+    result = sample_result()
+    page = render(result)
+    for case in ("easy", "average", "long context", "malformed", "high-value"):
+        assert f">{case}</th>" in page
+    assert shown(page, "case.malformed.requests")[1] == 10
+    del result["workload"]["cases"]["average"]
+    result["quality"]["answers"] = None
+    page = render(result)
+    assert "none in this workload" in page and "none given (--high-value FILE)" in page
+
+
+@pytest.mark.parametrize(
+    "label",
+    ["Model repository", "Revision", "Weights, stored as", "KV precision, winner: keys", "Tokenizer, SHA-256",
+     "Chat template, SHA-256", "Runtime version", "GPU", "GPU driver", "CUDA", "CPU", "Memory",
+     "Disk, measured bandwidth", "Longest sequence, tokens", "Batch: requests at once",
+     "Workload file, SHA-256", "Prompts as sent, SHA-256"],
+)  # fmt: skip
+def test_the_identity_names_what_is_missing(label: str) -> None:
+    for result in (sample_result(), {**sample_result(), "identity": {}, "winner": {}, "workload": {}}):
+        assert f"<dt>{label}</dt>" in render(result)
+    bare = render({**sample_result(), "identity": {}, "winner": {}, "workload": {}})
+    assert re.search(rf"<dt>{re.escape(label)}</dt><dd[^>]*>not recorded<", bare)
+
+
+def test_a_kept_baseline_reads_as_a_decision_not_as_a_win() -> None:
+    result = {**sample_result(), "status": "no_significant_gain"}
+    result["winner"] = {**result["baseline"], "is_baseline": True}
+    for key in ("ablation", "memory", "positions", "answers_side_by_side"):
+        del result[key]
+    page = render(result)
+    assert "<h1>Keep the baseline" in page
+    assert "Hold 37" not in page
+    assert "nothing to take apart" in page

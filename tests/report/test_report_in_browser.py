@@ -2,78 +2,196 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import subprocess
+import re
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from browser import BROWSER, DESKTOP, PHONE, Browser, Shown, resolve
 from page_samples import cache_record, plan_record, serve_record
 from report_sample import sample_result
 
+from kvtune.printable import printable
 from kvtune.report import render, render_plan, render_simulation
-
-BROWSER = next((b for b in ("chromium-headless-shell", "chromium", "google-chrome") if shutil.which(b)), None)
 
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(BROWSER is None, reason="no Chromium here: apt-get install chromium-headless-shell"),
 ]
 
-
-def opened(page: Path, tmp_path: Path) -> tuple[str, str, list[str]]:
-    """(DOM after loading, what the browser logged, URLs it asked the network for)."""
-    net_log = tmp_path / "net.json"
-    result = subprocess.run(
-        [
-            str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-            "--no-first-run", "--disable-component-update", "--disable-sync", "--disable-quic",
-            f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--v=0",
-            f"--log-net-log={net_log}", "--dump-dom", page.as_uri(),
-        ],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    return result.stdout, result.stderr, requested_urls(net_log)
+WINDOWS = {"desktop": DESKTOP, "phone": PHONE}
 
 
-def requested_urls(net_log: Path) -> list[str]:
-    text = net_log.read_text().rstrip().rstrip(",")
-    try:
-        events = json.loads(text)["events"]
-    except json.JSONDecodeError:  # the browser ends without closing the list
-        events = json.loads(text + "]}")["events"]
-    return [e["params"]["url"] for e in events if isinstance(e.get("params"), dict) and "url" in e["params"]]
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """One browser with scripts switched off, for all tests that only look."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile, Browser(Path(profile)) as found:
+        yield found
 
 
-def test_the_report_opens_without_console_message_or_request(tmp_path: Path) -> None:
-    page = tmp_path / "report.html"
-    page.write_text(render(sample_result()))
-    dom, log, urls = opened(page, tmp_path)
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("page") / "report.html"
+    file.write_text(render(sample_result()))
+    return file
+
+
+def outside(urls: list[str]) -> list[str]:
+    return [url for url in urls if not url.startswith(("file:", "data:"))]
+
+
+def test_the_report_opens_without_console_message_or_request(browser: Browser, page: Path) -> None:
+    dom = browser.open(page).dom()
     assert 'data-testid="verdict"' in dom and "1,056 B" in dom
-    assert "CONSOLE" not in log, log
-    assert [url for url in urls if not url.startswith(("file:", "data:"))] == []
+    assert browser.messages() == []
+    assert outside(browser.requests()) == []
 
 
 @pytest.mark.parametrize(
-    ("page", "shown"),
+    ("draw", "shown"),
     [
         (lambda: render_simulation(cache_record()), 'data-testid="knee"'),
         (lambda: render_simulation(serve_record()), 'data-testid="slo.attainment"'),
         (lambda: render_plan(plan_record()), 'data-testid="growth"'),
     ],
 )
-def test_pages_of_plan_and_simulate_open_without_console_message_or_request(page, shown, tmp_path):
+def test_pages_of_plan_and_simulate_open_without_message_request_or_overflow(draw, shown, browser, tmp_path):
     file = tmp_path / "page.html"
-    file.write_text(page())
-    dom, log, urls = opened(file, tmp_path)
-    assert shown in dom
-    assert "CONSOLE" not in log, log
-    assert [url for url in urls if not url.startswith(("file:", "data:"))] == []
+    file.write_text(draw())
+    for size in WINDOWS.values():
+        assert shown in browser.open(file, size=size).dom()
+        assert browser.messages() == []
+        assert outside(browser.requests()) == []
+        assert browser.content_size()[0] <= size[0]
 
 
 def test_the_check_itself_sees_a_console_error_and_a_request(tmp_path: Path) -> None:
     page = tmp_path / "bad.html"
     page.write_text("<img src='http://127.0.0.1:9/x.png'><script>console.error('seen')</script>")
-    _, log, urls = opened(page, tmp_path)
-    assert "CONSOLE" in log
-    assert any(url.startswith("http://127.0.0.1:9/") for url in urls)
+    with Browser(tmp_path / "profile", has_scripts=True) as browser:
+        browser.open(page)
+        assert any("seen" in message for message in browser.messages())
+        assert any(url.startswith("http://127.0.0.1:9/") for url in browser.requests())
+
+
+# ---------------------------------------------------------------- numbers
+
+
+UNITS = {"ms": 1e3, "s": 1.0, "B": 1.0, "KiB": 2.0**-10, "MiB": 2.0**-20, "GiB": 2.0**-30, "TiB": 2.0**-40}
+NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?(?![\d.]*[\w/])|[-+]?\d[\d,.]*(?=x\b)")
+UNIT = re.compile(r"\s?(ms|s|[KMGT]iB|B|%)(?!\w)")
+DERIVED = ("0, every bit equal", "% off")
+"""Cells that say something of numbers beside them instead of repeating one."""
+
+
+def numbers_in(text: str) -> Iterator[tuple[str, str]]:
+    """(digits, unit) of every number in a text."""
+    for match in NUMBER.finditer(text):
+        unit = UNIT.match(text, match.end())
+        yield match[0], unit[1] if unit else ""
+
+
+def leaves(value: Any) -> Iterator[float | str]:
+    if isinstance(value, dict):
+        for inner in value.values():
+            yield from leaves(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from leaves(inner)
+    elif isinstance(value, int | float | str) and not isinstance(value, bool):
+        yield value
+
+
+def is_shown_by(digits: str, unit: str, text: str, value: Any) -> bool:
+    """Whether some number under `value`, in that unit and rounded to as many digits, is what stands there."""
+    plain = digits.replace(",", "")
+    shown, decimals = float(plain), len(plain.partition("e")[0].partition(".")[2])
+    step = 0.5 * 10.0 ** (int(plain.partition("e")[2] or 0) - decimals)
+    for leaf in leaves(value):
+        if isinstance(leaf, str):
+            if digits in leaf:
+                return True
+            continue
+        scaled = leaf * UNITS.get(unit, 1.0)
+        if unit == "%":
+            scaled = abs(1 - leaf) * 100 if "fewer" in text or "more" in text else leaf * 100
+        whole = int(leaf) if not unit and "." not in plain else scaled
+        if abs(shown - scaled) <= 1.001 * step or shown == whole:
+            return True
+    return False
+
+
+def test_every_number_on_the_page_is_the_one_in_the_json(browser: Browser, page: Path) -> None:
+    record = sample_result()
+    shown = Shown(browser.open(page).dom())
+    assert len(shown.marked) > 350
+    checked = 0
+    for element in shown.marked:
+        value = resolve(record, element["pointer"])
+        where = f"{element['pointer']}: {element['text']!r}"
+        if value is None:
+            assert element["text"] in ("not recorded", "none"), where
+            continue
+        if element["value"] is not None:
+            assert element["value"] == value or element["value"] in list(leaves(value)), where
+        if isinstance(value, str):
+            cut = element["text"].endswith("...") and element["text"][:-3] in printable(value)
+            assert cut or printable(value) in element["text"], where
+            continue
+        for digits, unit in numbers_in(element["text"]):
+            checked += 1
+            assert is_shown_by(digits, unit, element["text"], value), where
+    assert checked > 400
+
+
+def test_no_number_stands_in_a_cell_without_its_place_in_the_json(browser: Browser, page: Path) -> None:
+    shown = Shown(browser.open(page).dom())
+    orphans = [
+        text for tag, text in shown.bare
+        if tag in ("td", "dd", "span") and list(numbers_in(text)) and not any(d in text for d in DERIVED)
+    ]  # fmt: skip
+    assert orphans == []
+
+
+def test_the_check_of_numbers_sees_a_wrong_one() -> None:
+    assert is_shown_by("1,056", "B", "", 1056.0)
+    assert is_shown_by("48.4", "%", "48.4 % fewer", 0.515625)
+    assert is_shown_by("10.30", "ms", "", {"mean": 0.0103, "n": 64})
+    assert not is_shown_by("10.31", "ms", "", {"mean": 0.0103, "n": 64})
+    assert not is_shown_by("1,057", "B", "", 1056.0)
+    assert list(numbers_in("0.897x (0.848x to 9e-05, n = 64), 12.5 ms, k_codec=int8")) == [
+        ("0.897", ""), ("0.848", ""), ("9e-05", ""), ("64", ""), ("12.5", "ms"),
+    ]  # fmt: skip
+
+
+# ---------------------------------------------------------------- layout and colours
+
+
+@pytest.mark.parametrize("window", list(WINDOWS))
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_runs_out_of_the_window(browser: Browser, page: Path, window: str, scheme: str) -> None:
+    size = WINDOWS[window]
+    width, height = browser.open(page, size=size, scheme=scheme).content_size()
+    assert width <= size[0]
+    assert height > 2 * size[1]
+
+
+@pytest.mark.parametrize("window", list(WINDOWS))
+def test_no_text_is_cut_off_outside_of_what_scrolls(tmp_path: Path, page: Path, window: str) -> None:
+    script = """[...document.querySelectorAll('main *')].filter(e => !e.closest('svg, pre, .scroll, .drawing')
+        && e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).display != 'inline')
+        .map(e => e.outerHTML.slice(0, 120))"""
+    with Browser(tmp_path / "profile", has_scripts=True) as browser:
+        browser.open(page, size=WINDOWS[window])
+        assert browser.evaluate(script) == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_scheme_asked_for_is_the_one_drawn(tmp_path: Path, page: Path, scheme: str) -> None:
+    with Browser(tmp_path / "profile", has_scripts=True) as browser:
+        browser.open(page, scheme=scheme)
+        script = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)"
+        background = browser.evaluate(script)
+    assert (sum(background) > 600) == (scheme == "light")

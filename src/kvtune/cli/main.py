@@ -26,6 +26,7 @@ VERBS = {
     "trace": "read a request file or trace: lengths, arrivals, prefix reuse",
     "simulate": "replay a trace: what a prefix cache would hit, what a server would achieve",
     "tune": "find the smallest KV cache that passes the quality gate",
+    "report": "redraw a run's page and Markdown from its JSON alone",
     "emit": "print the command or snippet that runs a recipe",
     "check": "judge a recipe on requests: exit 0 only on PASS",
     "verify": "is what a recipe was proven on still here? exit 0 only if so",

@@ -5,7 +5,6 @@ Each takes the very mapping that `--json` prints, so that every number on the pa
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from kvtune.report.blocks import Bullets, Code, Section
 from kvtune.report.cache_sections import cache_answer, cache_sections
 from kvtune.report.html import render_page
 from kvtune.report.plan_sections import findings_section, plan_answer, plan_sections, trace_plan_sections
-from kvtune.report.record import as_mapping, as_sequence
+from kvtune.report.record import as_mapping, as_sequence, json_text
 from kvtune.report.serve_sections import serve_answer, serve_sections
 from kvtune.report.workload_sections import workload_section
 
@@ -62,7 +61,7 @@ def _page(
     notes = [str(note) for key in ("notes", "assumptions") for note in as_sequence(record.get(key))]
     trace_notes = [str(note) for note in as_sequence(as_mapping(record.get("trace")).get("notes"))]
     notes = list(dict.fromkeys([*notes, *trace_notes, *map(str, as_sequence(workload.get("notes")))]))
-    raw = json.dumps(record, indent=1, ensure_ascii=False, default=str)
+    raw = json_text(record)
     sections = [
         *parts,
         *([shown] if shown is not None else []),

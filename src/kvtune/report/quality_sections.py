@@ -60,8 +60,8 @@ def quality_section(result: Mapping[str, Any]) -> Section:
         (
             facts,
             *((chart, table) if rows else (missing,)),
-            *answer_blocks(as_mapping(quality.value)),
-            *limit_blocks(as_mapping(quality.value)),
+            *answer_blocks(quality),
+            *limit_blocks(quality),
         ),
     )
 

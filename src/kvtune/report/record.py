@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from kvtune.printable import printable
+
 NOT_RECORDED = "not recorded"
 
 _VALUE_KEYS = ("value", "mean", "estimate", "ratio")
@@ -115,6 +117,13 @@ def show(value: Any, unit: str = "") -> str:
     if isinstance(value, str):
         return value
     return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def json_text(value: Any) -> str:
+    """Indented JSON that people can read; what they could not see in it is written as JSON's own escapes."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, default=str)
+    hidden = {c for c in set(text) if printable(c) != c}
+    return text.translate({ord(c): json.dumps(c)[1:-1] for c in hidden}) if hidden else text
 
 
 def show_number(value: float, unit: str = "") -> str:

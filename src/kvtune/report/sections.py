@@ -6,18 +6,18 @@ value it shows; a field that is missing reads "not recorded".
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
-from kvtune.report.allocation_sections import allocation_section
 from kvtune.report.ablation_sections import ablation_section
+from kvtune.report.allocation_sections import allocation_section
 from kvtune.report.blocks import Code, Section
 from kvtune.report.comparison import comparison_section, noise_section, rejected_section
 from kvtune.report.decision import decision_section
 from kvtune.report.ground import identity_section, limits_section, repeat_section, workload_section
 from kvtune.report.memory_sections import memory_section
 from kvtune.report.quality_sections import failing_section, position_section, quality_section
+from kvtune.report.record import json_text
 from kvtune.report.texts import cases_section, texts_section
 from kvtune.report.trials import trials_section
 
@@ -51,5 +51,4 @@ def sections(result: Mapping[str, Any]) -> tuple[Section, ...]:
 
 def raw_section(result: Mapping[str, Any]) -> Section:
     """The record itself, folded away."""
-    text = json.dumps(result, indent=1, ensure_ascii=False, default=str)
-    return Section("Raw record", (Code(text, "raw", "result.json"),))
+    return Section("Raw record", (Code(json_text(result), "raw", "result.json"),))

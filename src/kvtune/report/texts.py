@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from kvtune.report import record
@@ -156,7 +157,7 @@ def _pair(place: Place, index: int) -> SideBySide:
             ("top-1 flips", placed(place.at("flips"))),
             ("prompt tokens", placed(place.at("prompt_tokens"))),
             ("first changed token", changed),
-            ("kind", cell(strata or None)),
+            ("kind", replace(cell(strata or None), pointer=place.at("strata").pointer)),
         ),
         "Baseline", "Winner", left, right, "End of the prompt", show(fields.get("prompt_end")),
     )  # fmt: skip
