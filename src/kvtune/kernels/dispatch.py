@@ -168,6 +168,8 @@ def copy_blocks(
         raise UsageError(
             f"copy_blocks needs as many targets as sources, found {len(targets)}, {len(sources)}"
         )
+    if rows is None and any(low.is_assigned for low in cache.low_planes.values()):
+        raise UsageError("these blocks' low planes lie in rows of the block pool's; name the rows")
     copied = 0
     for arena, _, base in cache.parts():
         stop = base + arena.shape[0]
@@ -185,9 +187,7 @@ def _copy_planes(
 ) -> None:
     if not low.is_assigned:
         low.copy(src, dst)
-    elif rows is None:
-        raise UsageError("these blocks' low planes lie in rows of the block pool's; name the rows")
-    else:
+    elif rows is not None:
         has_row = (rows[0] >= 0) & (rows[1] >= 0)
         low.write_rows(rows[1][has_row], low.read_rows(rows[0][has_row]))
 
