@@ -24,7 +24,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=HERE / "results")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    alone = ("bench_decode", "bench_prefill", "bench_damage", "bench_grouping")
+    alone = ("bench_decode", "bench_prefill", "bench_damage", "bench_allocation", "bench_grouping")
     commands = {name: ["--json", str(args.out / f"{name}.json")] for name in alone}
     variants = ("biased_keys", "heavy_tailed_values")
     commands["bench_codec_quality"] = [
