@@ -42,7 +42,7 @@ def ablation_section(result: Mapping[str, Any]) -> Section:
     rows += [_variant(place) for place in variants]
     blocks: list[Block] = [
         Paragraph("Each row is the winner with one setting put back to the baseline's value: what is lost "
-                  "again is what that setting contributes. " + show(find(result, "ablation.note")) + "."),
+                  "again is what that setting contributes. " + _sentence(find(result, "ablation.note"))),
         Table("Ablation", HEADERS, tuple(rows)),
         _chart(root),
     ]  # fmt: skip
@@ -50,6 +50,11 @@ def ablation_section(result: Mapping[str, Any]) -> Section:
     if skipped:
         blocks.append(Paragraph(f"No time was left to measure: {', '.join(skipped)}.", "warn"))
     return Section(title, (*blocks, *_importance(result)))
+
+
+def _sentence(note: Any) -> str:
+    text = show(note)
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _is_kept(result: Mapping[str, Any]) -> bool:

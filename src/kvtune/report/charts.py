@@ -96,7 +96,7 @@ def scatter_svg(chart: Scatter) -> str:
         _marker(point, x_axis.place(point.x), y_axis.place(point.y)) for point in _drawing_order(chart.points)
     ]
     parts += _labels(chart, x_axis, y_axis)
-    return svg_figure(chart.title, HEIGHT, parts) + _legend(chart.points)
+    return svg_figure(chart.title, HEIGHT, parts, shrinks=True) + _legend(chart.points)
 
 
 def _drawing_order(points: Sequence[Point]) -> list[Point]:
@@ -222,7 +222,8 @@ def _labels(chart: Scatter, x_axis: Axis, y_axis: Axis) -> list[str]:
             continue
         named.add(point.label)
         taken.append(box)
-        parts.append(svg_text(box[0], box[3] - 3, point.label, "point", "start"))
+        is_key = point.kind in ("baseline", "winner")
+        parts.append(svg_text(box[0], box[3] - 3, point.label, "point" if is_key else "point minor", "start"))
     return parts
 
 
@@ -264,7 +265,7 @@ def intervals_svg(chart: Intervals) -> str:
     """Rows of value and interval around one reference line; an empty text when there are none."""
     if not chart.rows:
         return ""
-    row_height, top, left = 34, 30, 170
+    row_height, top, left = 34, 30, 205
     height = top + row_height * len(chart.rows) + 52
     edges = [edge for row in chart.rows for edge in (row.low, row.high)] + [chart.reference]
     axis = linear_axis(edges, left, WIDTH - 28, from_zero=False)
@@ -279,7 +280,7 @@ def intervals_svg(chart: Intervals) -> str:
     for index, row in enumerate(chart.rows):
         parts.append(_interval_row(row, axis, top + row_height * (index + 0.5), left))
     parts.append(svg_text((left + WIDTH - 28) / 2, height - 8, chart.x_label, "label"))
-    return svg_figure(chart.title, height, parts)
+    return svg_figure(chart.title, height, parts, shrinks=True)
 
 
 def _interval_row(row: Interval, axis: Axis, y: float, left: float) -> str:

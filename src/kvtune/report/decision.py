@@ -17,7 +17,6 @@ from kvtune.report.blocks import (
     Paragraph,
     Section,
     cell,
-    placed,
     placed_figure,
     verdict_cell,
 )
@@ -127,7 +126,7 @@ def _cards(root: Place) -> Cards:
                 f"Requests held in {budget} at once",
                 _whole(held.at("winner", "value"), "held-winner"),
                 (
-                    _held_bounds(held.at("winner"), "held-winner-bounds"),
+                    _bounds_only(_held_bounds(held.at("winner"), "held-winner-bounds")),
                     _note("baseline", _held_bounds(held.at("baseline"), "held-baseline")),
                 ),
             ),
@@ -177,6 +176,12 @@ def _held_bounds(place: Place, test_id: str) -> Cell:
     return Cell(shown.text, fields["value"], test_id, pointer=place.pointer)
 
 
+def _bounds_only(shown: Cell) -> Cell:
+    """The parenthesis of a figure whose value stands above it."""
+    _, opening, bounds = shown.text.partition(" (")
+    return replace(shown, text=bounds.rstrip(")") if opening else shown.text)
+
+
 def _slo_card(root: Place) -> Card:
     """How many of the load's requests met the latency target; without one, the search's own limit."""
     target = root.at("within_slo", "slo")
@@ -191,9 +196,13 @@ def _slo_card(root: Place) -> Card:
     )
     winner, baseline = (root.at("within_slo", side) for side in ("winner", "baseline"))
     limit_cell = Cell(why if limits else record.NOT_RECORDED, pointer=target.pointer, test_id="slo-limits")
-    notes = (_met_cell(winner, "winner"), _note("baseline", _met_cell(baseline, "baseline")), limit_cell)
-    main = placed(winner.at("value"), test_id="slo-met")
-    return Card(label, replace(main, text=_trimmed(main.text)), notes)
+    notes = (
+        _bounds_only(_met_cell(winner, "winner")),
+        _note("baseline", _met_cell(baseline, "baseline")),
+        limit_cell,
+    )
+    main = _met_cell(winner, "winner")
+    return Card(label, replace(main, text=main.text.partition(" (")[0], test_id="slo-met"), notes)
 
 
 def _met_cell(place: Place, side: str) -> Cell:

@@ -100,7 +100,8 @@ def _figure(block: Figures) -> str:
         return ""
     wide = ' class="wide"' if isinstance(block, Parallel) else ""
     caption = f"<figcaption>{escape(block.title)}</figcaption>"
-    return f'<figure{wide}>{caption}<div class="drawing">{drawing}</div></figure>'
+    focus = f' tabindex="0" role="region" aria-label="{escape(block.title)}"' if wide else ""
+    return f'<figure{wide}>{caption}<div class="drawing"{focus}>{drawing}</div></figure>'
 
 
 def _drawing(block: Figures) -> str:
@@ -158,15 +159,15 @@ def _side_by_side(block: SideBySide) -> str:
     intro = (
         f"<details><summary>{escape(block.intro_name)}</summary><pre>{escape(block.intro)}</pre></details>"
     )
+    kind, texts = "sides", [(block.left_name, block.left, "del"), (block.right_name, block.right, "ins")]
+    if block.left == block.right:
+        kind, texts = "sides one", [(f"{block.left_name} and {block.right_name}: equal", block.left, "del")]
     sides = "".join(
-        f"<div><h4>{escape(name)}</h4><p>{_pieces(pieces, tag)}</p></div>"
-        for name, pieces, tag in (
-            (block.left_name, block.left, "del"), (block.right_name, block.right, "ins"),
-        )
-    )  # fmt: skip
+        f"<div><h4>{escape(name)}</h4><p>{_pieces(pieces, tag)}</p></div>" for name, pieces, tag in texts
+    )
     return (
         f'<article class="pair"><h3{_attributes(block.title)}>{escape(block.title.text)}</h3>'
-        f'<dl class="inline">{facts}</dl>{intro if block.intro else ""}<div class="sides">{sides}</div>'
+        f'<dl class="inline">{facts}</dl>{intro if block.intro else ""}<div class="{kind}">{sides}</div>'
         "</article>"
     )
 

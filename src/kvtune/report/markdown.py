@@ -71,6 +71,9 @@ def _code(block: Code) -> str:
 def _side_by_side(block: SideBySide) -> str:
     """Both texts as code: what is in them is nobody's markup."""
     facts = "; ".join(f"{_plain(name)} {_plain(shown.text)}" for name, shown in block.facts)
+    if block.left == block.right:
+        both = f"{_plain(block.left_name)} and {_plain(block.right_name)}, equal:"
+        return "\n\n".join([f"### {_plain(block.title.text)}", facts, both, _fenced(_text(block.left))])
     return "\n\n".join(
         [
             f"### {_plain(block.title.text)}", facts,

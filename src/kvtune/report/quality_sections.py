@@ -30,7 +30,8 @@ from kvtune.report.record import Place, as_mapping, figure, find, metric_label, 
 
 __all__ = ["failing_section", "position_section", "quality_section"]
 
-DIVERGENCES = ("kl", "flips", "delta_nll")
+NEAR = 3.0
+"""A margin further above the curve than this would only press it flat; a sentence names it."""
 
 
 def quality_section(result: Mapping[str, Any]) -> Section:
@@ -115,6 +116,8 @@ def position_section(result: Mapping[str, Any]) -> Section:
             "right. Raw means, the floor of the same tokens beside them."
         )
     ]
+    if margin is not None:
+        blocks.append(Paragraph(f"The margin of the mean is {show(margin)}; drawn where it is near."))
     blocks += [_position_figure(positions.at(key), name, axis, margin) for key, name, _, axis in kinds]
     blocks += [
         _position_table(positions.at(key), f"{name}: mean KL", header, key) for key, name, header, _ in kinds
@@ -133,7 +136,8 @@ def _position_figure(bins: Place, title: str, axis: str, margin: float | None) -
         Series("upper 95 % bound", upper, look=4),
         Series("A/A floor", floor, look=5),
     ]
-    if margin is not None and xs:
+    top = max((y for _, y in upper if y is not None), default=0.0)
+    if margin is not None and xs and margin <= NEAR * top:
         series.append(Series("margin", ((min(xs), margin), (max(xs), margin)), look=1))
     values = [y for _, y in mean if y is not None]
     summary = f"mean KL between {show(min(values))} and {show(max(values))} nats" if values else ""
@@ -143,7 +147,7 @@ def _position_figure(bins: Place, title: str, axis: str, margin: float | None) -
 def _position_table(bins: Place, caption: str, header: str, key: str) -> Table:
     rows = tuple(
         (
-            Cell(f"{show(p.at('from').value)} to {show(p.at('to').value)}", pointer=p.pointer),
+            Cell(_span(p), pointer=p.pointer),
             placed(p.at("num_tokens")),
             placed_figure(p.at("kl"), test_id=f"position.{key}.{index}"),
             placed(p.at("floor")),
@@ -151,6 +155,11 @@ def _position_table(bins: Place, caption: str, header: str, key: str) -> Table:
         for index, p in enumerate(bins.elements())
     )
     return Table(caption, (header, "Tokens scored", "Mean KL", "A/A floor"), rows)
+
+
+def _span(place: Place) -> str:
+    first, last = (show(place.at(key).value) for key in ("from", "to"))
+    return first if first == last else f"{first} to {last}"
 
 
 # ---------------------------------------------------------------- the step below

@@ -21,8 +21,8 @@ h1{margin:4px 0 12px;font-size:25px;line-height:1.25;overflow-wrap:anywhere}
 h2{margin:36px 0 12px;font-size:19px;border-bottom:1px solid var(--line);padding-bottom:6px}
 nav ul{display:flex;flex-wrap:wrap;gap:4px 18px;list-style:none;margin:0;padding:0;font-size:14px}
 a{color:var(--link)}
-a:focus-visible,summary:focus-visible,.scroll:focus-visible{outline:2px solid var(--link);
-outline-offset:2px}
+a:focus-visible,summary:focus-visible,.scroll:focus-visible,.drawing:focus-visible{
+outline:2px solid var(--link);outline-offset:2px}
 p{max-width:78ch;overflow-wrap:anywhere}
 li{overflow-wrap:anywhere}
 .good{color:var(--good);font-weight:600}.bad{color:var(--bad);font-weight:600}
@@ -44,7 +44,7 @@ dd{margin:0;overflow-wrap:anywhere}
 .pair{border:1px solid var(--line);border-radius:8px;padding:12px 14px;margin:16px 0}
 .pair h3{margin:0 0 4px;font-size:15px;overflow-wrap:anywhere}
 .sides{display:grid;grid-template-columns:1fr 1fr;gap:14px}
-.sides div{min-width:0}
+.sides.one{grid-template-columns:1fr}.sides div{min-width:0}
 .sides h4{margin:0 0 4px;color:var(--soft);font-size:13px;font-weight:600}
 .sides p{margin:0;background:var(--panel);border-radius:6px;padding:8px 10px;white-space:pre-wrap;
 font:13px/1.55 ui-monospace,"DejaVu Sans Mono",monospace;max-width:none}
@@ -59,7 +59,7 @@ caption{text-align:left;color:var(--soft);padding:0 0 6px;font-size:13px}
 th,td{text-align:left;vertical-align:top;padding:6px 14px 6px 0;border-bottom:1px solid var(--line)}
 thead th{color:var(--soft);font-weight:600;white-space:nowrap}
 tbody th{font-weight:600;white-space:nowrap}
-td{min-width:72px;max-width:420px;overflow-wrap:break-word}
+td{min-width:84px;max-width:420px;overflow-wrap:break-word}
 pre{background:var(--panel);border:1px solid var(--line);border-radius:8px;padding:12px 14px;
 overflow-x:auto;font:13px/1.5 ui-monospace,"DejaVu Sans Mono",monospace}
 details{margin:12px 0}summary{cursor:pointer;color:var(--link)}
@@ -104,7 +104,9 @@ svg .halo{paint-order:stroke;stroke:var(--panel);stroke-width:4px;stroke-linejoi
 .t-bad{stroke:var(--failed);fill:var(--failed)}.t-warn,.t-muted{stroke:var(--other);fill:var(--other)}
 .legend{display:flex;flex-wrap:wrap;gap:4px 16px;list-style:none;margin:8px 0 0;padding:0;font-size:13px}
 .legend li{display:flex;align-items:center;gap:5px}
-@media (max-width:520px){.drawing>svg.shrinks{min-width:0}svg.shrinks text{font-size:17px}}
+@media (max-width:520px){.drawing>svg.shrinks{min-width:0}svg.shrinks text{font-size:17px}
+svg.shrinks .row{font-size:15px}svg.shrinks .minor{display:none}
+tbody th{white-space:normal;min-width:104px}pre{white-space:pre-wrap;overflow-wrap:anywhere}}
 @media (max-width:720px){.sides{grid-template-columns:1fr}}
 @media (max-width:720px){header,main{padding:0 14px}.facts div{grid-template-columns:1fr}h1{font-size:21px}}
 @media print{body{font-size:12px}.scroll,.drawing{overflow:visible}nav{display:none}}

@@ -191,13 +191,26 @@ def _row(result: Mapping[str, Any], place: Place) -> tuple[Cell, ...]:
         placed(place.at("metrics", "kv_bytes_per_token"), "bytes", test_id=f"{prefix}.bytes"),
         Cell("the reference")
         if kind == "baseline" and kl is None
+        else Cell("not measured", tone="muted")
+        if kl is None
         else replace(cell(kl, test_id=f"{prefix}.kl"), pointer=place.at("quality").pointer),
-        replace(
-            figure_cell(trial_tpot(trial), "s", test_id=f"{prefix}.tpot"),
-            pointer=place.at("metrics", "tpot_s").pointer,
-        ),
-        replace(cell(find(trial, "reason", "quality.reason", "error")), pointer=place.pointer),
+        _tpot_cell(trial, place, prefix),
+        _reason(trial, place),
     )
+
+
+def _tpot_cell(trial: Mapping[str, Any], place: Place, prefix: str) -> Cell:
+    found = trial_tpot(trial)
+    if found.value is None:
+        return Cell("not measured", tone="muted")
+    shown = figure_cell(found, "s", test_id=f"{prefix}.tpot")
+    return replace(shown, pointer=place.at("metrics", "tpot_s").pointer)
+
+
+def _reason(trial: Mapping[str, Any], place: Place) -> Cell:
+    """Why it ended as it did; a trial that went through has no reason."""
+    found = find(trial, "reason", "quality.reason", "error")
+    return replace(cell(found), pointer=place.pointer) if found else Cell("-")
 
 
 def _changes(result: Mapping[str, Any], trial: Mapping[str, Any]) -> str:

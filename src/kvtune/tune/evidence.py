@@ -118,8 +118,10 @@ def position_record(
 
 
 def _chosen(pairs: Sequence[AnswerPair]) -> list[AnswerPair]:
-    """The worst of all, then the worst of each case that is not among them yet."""
+    """The worst of all, the worst whose text changed, then the worst of each case not among them yet."""
+    changed = [pair for pair in pairs if pair.first_change is not None]
     chosen = list(pairs[:NUM_WORST])
+    chosen += [pair for pair in changed[:NUM_WORST] if pair not in chosen]
     for case in dict.fromkeys(pair.strata.get("case", "") for pair in pairs):
         of_case = [pair for pair in pairs if pair.strata.get("case", "") == case]
         chosen += [pair for pair in of_case[:PER_CASE] if pair not in chosen]
