@@ -45,6 +45,7 @@ from kvtune.sched import Scheduler
 from kvtune.target import ScoreItem, Scores
 from kvtune.tiers import HostArena, Tier
 from kvtune.types import (
+    BlockId,
     FinishReason,
     Request,
     RequestId,
@@ -282,6 +283,11 @@ class Engine(Closing):
     def arena_plan(self) -> ArenaPlan:
         """KV groups, and how many blocks of each the budget bought."""
         return self._plan
+
+    def cached_blocks(self, prompt: Prompt, *, cache_salt: str = "") -> tuple[tuple[BlockId, ...], ...]:
+        """Per KV group, the blocks a request with this prompt would hit; -1 outside the group's window."""
+        tokens = prompt_token_ids(prompt, self.loaded.tokenizer, self.loaded.vocab_size)
+        return self._manager.match(tokens, cache_salt=cache_salt).blocks
 
     @property
     def num_running(self) -> int:
