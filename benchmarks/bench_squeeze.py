@@ -5,9 +5,10 @@
 Both arms serve the same generated chats from the bundled model with keys and values in `n8_rh`, at the same
 arrivals; only one may drop low planes, and only of layers and sides whose 4-bit reading, all of it at once,
 passed the gate's replay on other chats. The SLO is fixed before: twice the p95 TTFT and TPOT of requests
-that run alone, in seconds of this process's CPU (one thread) unless `--clock wall`. `load` is the share of the full budget that the requests in flight fill at their longest; the
+that run alone. `load` is the share of the full budget that the requests in flight fill at their longest; the
 budget is halved after a quarter of the requests have come and given back after three quarters. Goodput:
-requests within the SLO per second of the whole run.
+requests within the SLO per second of the whole run. Seconds are those of this process's CPU (one thread)
+unless `--clock wall`.
 
 Bits are checked apart, in float32 with padded rows: blocks written before the squeeze, and answers of
 requests admitted after it, against an engine that saw none.
