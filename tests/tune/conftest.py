@@ -190,8 +190,8 @@ class FakeRunning:
 
 
 LAYERS = 4
-LAYER_BITS = {"bf16": 16.0, "int8": 8.25, "nested": 8.5, "int4": 4.5, "high": 4.5}
-LAYER_DAMAGE = {"bf16": 0.0, "int8": 0.004, "nested": 0.004, "int4": 0.5, "high": 0.5}
+LAYER_BITS = {"bf16": 16.0, "int8": 8.25, "n8_rh": 8.5, "int4": 4.5, "n4_rh": 4.5}
+LAYER_DAMAGE = {"bf16": 0.0, "int8": 0.004, "n8_rh": 0.004, "int4": 0.5, "n4_rh": 0.5}
 LAYER_WEIGHT = {"k": (1.0, 0.5, 0.03, 0.02), "v": (0.8, 0.4, 0.015, 0.01)}
 """How much each layer's noise reaches the logits: the last two hardly."""
 
@@ -205,8 +205,8 @@ class LayeredTarget(FakeTarget):
     has_layers: bool = True
 
     def layer_codecs(self) -> LayerCodecs:
-        nested = {"stored": "nested", "high": "high"} if self.has_planes else {}
-        codecs = ("bf16", "int8", "int4", *(("nested", "high") if self.has_planes else ()))
+        nested = {"stored": "n8_rh", "high": "n4_rh"} if self.has_planes else {}
+        codecs = ("bf16", "int8", "int4", *(("n8_rh", "n4_rh") if self.has_planes else ()))
         return LayerCodecs(layers=tuple(range(LAYERS)), codecs=codecs, **nested)
 
     def pairs(self, config: Config) -> list[tuple[str, str]]:
@@ -246,7 +246,7 @@ class LayeredRunning(FakeRunning):
         logits = seeded("model", item_id).normal(0, 3, (tokens, VOCABULARY))
         for layer, pair in enumerate(target.pairs(self.config)):
             for at, (side, codec) in enumerate(zip("kv", pair, strict=True)):
-                read = "high" if self.planes.get(layer, (2, 2))[at] == 1 else codec
+                read = "n4_rh" if self.planes.get(layer, (2, 2))[at] == 1 else codec
                 spread = LAYER_DAMAGE[read] * target.weight[side][layer]
                 if spread:
                     noise = seeded("damage", item_id, side, layer, read).normal(0, 1, logits.shape)
@@ -261,7 +261,7 @@ class PlaneRunning(LayeredRunning):
     def reading(self, planes: Mapping[int, tuple[int, int]]) -> Generator[None]:
         pairs = self.target.pairs(self.config)  # type: ignore[attr-defined]
         for layer, counts in planes.items():
-            if any(n == 1 and codec != "nested" for n, codec in zip(counts, pairs[layer], strict=True)):
+            if any(n == 1 and codec != "n8_rh" for n, codec in zip(counts, pairs[layer], strict=True)):
                 raise UsageError(f"layer {layer} is not nested")
         self.planes = planes
         try:

@@ -59,7 +59,7 @@ def test_planes_are_read_from_one_engine_without_a_start_per_question(
 ) -> None:
     target = layered()
     tune(target, requests_, tmp_path / "out")
-    assert sum(c["k_codec"] == c["v_codec"] == "nested" for c in target.starts) == 1
+    assert sum(c["k_codec"] == c["v_codec"] == "n8_rh" for c in target.starts) == 1
 
 
 def test_without_a_nested_code_each_question_is_a_replay_and_the_table_the_same(
@@ -145,9 +145,9 @@ def test_a_table_that_was_judged_survives_an_interrupt(layered: Any, requests_: 
 
 def test_tables_are_written_shortly() -> None:
     base = {"k_codec": "bf16", "v_codec": "bf16", "block_size": 16}
-    table = {0: ("int8", "int8"), 1: ("int8", "int8"), 2: ("int8", "high")}
+    table = {0: ("int8", "int8"), 1: ("int8", "int8"), 2: ("int8", "n4_rh")}
     assert with_layers(base, table) == {
-        "k_codec": "int8", "v_codec": "int8", "block_size": 16, "layer_codecs": {"2": ["int8", "high"]},
+        "k_codec": "int8", "v_codec": "int8", "block_size": 16, "layer_codecs": {"2": ["int8", "n4_rh"]},
     }  # fmt: skip
     uniform = with_layers(
         {**base, "layer_codecs": {"1": ["a", "b"]}}, dict.fromkeys(range(3), ("int8", "int4"))
