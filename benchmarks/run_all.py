@@ -32,6 +32,7 @@ def main() -> int:
         *(word for name in variants for word in ("--variant", name)),
     ]  # fmt: skip
     commands["bench_gate"] = ["--json", str(args.out / "bench_gate.json")]
+    commands["bench_squeeze"] = ["--json", str(args.out / "bench_squeeze.json")]
     commands["bench_simulate"] = ["--json", str(args.out / "bench_simulate.json")]
     if args.traces:
         trace = Path(args.traces) / "azure2023_conv.csv.gz"
