@@ -38,7 +38,7 @@ def chats(path: Path, count: int) -> Path:
             {"role": "system", "content": "You are a helpful assistant."},
             {"role": "user", "content": f"My city is number {i}. What is a river?"},
             {"role": "assistant", "content": "A stream of water."},
-            {"role": "user", "content": f"What is stone {i}?"}], "max_tokens": 6}
+            {"role": "user", "content": f"What is stone {i}?"}], "max_tokens": 24}
         for i in range(count)
     ]  # fmt: skip
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -48,7 +48,7 @@ def chats(path: Path, count: int) -> Path:
 def checked(tmp_path: Path, capsys: pytest.CaptureFixture[str], *extra: str) -> dict[str, Any]:
     words = ["check", "--recipe", str(recipe(tmp_path / "recipe.json", "int8")), "--json"]
     workload = chats(tmp_path / "chats.jsonl", 24)
-    main([*words, "--workload", str(workload), "--num-requests", "12", *extra])
+    main([*words, "--workload", str(workload), "--num-requests", "24", *extra])
     return dict(json.loads(capsys.readouterr().out))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from typing import Any
 import pytest
 from proven import chats, proven_recipe
 
+from kvtune.adapters.vllm_install import VLLMInstall, VLLMOffer
+from kvtune.adapters.vllm_server import VLLMTarget
 from kvtune.cli.main import main
-from kvtune.recipe import Recipe
+from kvtune.recipe import Recipe, configuration_of
 from kvtune.testing.reference import reference_model_path
 
 Verify = Callable[..., tuple[int, dict[str, Any]]]
@@ -229,6 +232,47 @@ def test_a_missing_engine_is_exit_3_and_says_what_it_could_see(
     assert (code, record["verdict"]) == (3, "UNDECIDED")
     assert changed(record, "missing") == ["engine"] and "model.weights" in changed(record, "same")
     assert verify(path, "--accept", "engine")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("now", "names"),
+    [
+        ({}, []), ({"version": "0.33.0"}, ["engine.version"]),
+        ({"attention_backend": "X"}, ["engine.attention_backend"]),
+        ({"platform": "cuda"}, ["engine.platform"]), ({"model_dtype": "float16"}, ["engine.dtype"]),
+        ({"torch": "9"}, []),
+    ],
+)  # fmt: skip
+def test_a_recipe_of_vllm_stands_or_falls_with_what_vllm_says_of_itself(
+    folder: Path, tmp_path: Path, verify: Verify, monkeypatch: pytest.MonkeyPatch, now: dict[str, Any],
+    names: list[str],
+) -> None:  # fmt: skip
+    def offer(**changes: Any) -> VLLMOffer:
+        facts: dict[str, Any] = {
+            "version": "0.32.0", "has_vllm_command": True, "platform": "cpu", "torch": "2.13",
+            "transformers": "5.19", "attention_backend": "CPU_ATTN", "model_dtype": "bfloat16",
+            "max_model_len": 4096, "kv_dtypes": {"auto": None}, "block_sizes": [32],
+            "default_block_size": 128,
+            "default_max_num_seqs": 64, "default_max_num_batched_tokens": 512,
+            "default_enable_prefix_caching": True, "flags": ["--kv-cache-memory-bytes"],
+        }  # fmt: skip
+        return VLLMOffer(**{**facts, **changes})
+
+    def install(changes: dict[str, Any]) -> None:
+        monkeypatch.setattr(VLLMInstall, "ask", lambda *_: offer(**changes))
+
+    install({})
+    target = VLLMTarget(folder / "model", python=Path(sys.executable))
+    identity = target.identity()
+    target.close()
+    path = rewritten(
+        Recipe.load(folder / "int8.json"), tmp_path / "r.json", model=identity["model"],
+        engine=identity["engine"], kernel="", configuration=configuration_of({"kv_dtype": "auto"}),
+    )  # fmt: skip
+    install(now)
+    code, record = verify(path, "--vllm-python", sys.executable)
+    assert (code, changed(record)) == (1 if names else 0, names), record
+    assert any("vLLM's kernels" in text for text in record["not_looked_at"])
 
 
 @pytest.mark.parametrize(

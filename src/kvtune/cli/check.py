@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -12,6 +13,9 @@ from kvtune.cli.options import HighValue, Judge
 from kvtune.cli.screen import say
 from kvtune.config import MAX_SEED, EngineConfig
 from kvtune.errors import InputFileError, UsageError
+
+if TYPE_CHECKING:
+    from kvtune.recipe import Recipe
 
 __all__ = ["check"]
 
@@ -83,7 +87,7 @@ def check(
     verdict = {**quality.to_dict(), "forward_passes": round(cost.passes, 3)}
     record = {
         "schema_version": 1, "recipe": str(recipe), "content_sha256": found.content_sha256,
-        "workload": str(workload), "voided": _voided(found.model, target.identity()["model"]), **verdict,
+        "workload": str(workload), "voided": _voided(found, target.identity()["model"]), **verdict,
     }  # fmt: skip
     if as_json:
         print(json.dumps(record, allow_nan=False))
@@ -107,11 +111,14 @@ def _share(value: Any) -> float | None:
     return float(value) if isinstance(value, (int, float)) and 0 < value < 1 else None
 
 
-def _voided(then: Any, now: Any) -> list[str]:
+def _voided(recipe: Recipe, now: Mapping[str, Any]) -> list[str]:
     """What changed of the model since the recipe was proven."""
-    names = ("weights_sha256", "config_sha256", "tokenizer_sha256")
-    return [f"{n.removesuffix('_sha256')} changed since the recipe was proven" for n in names
-            if then.get(n) != now.get(n)]  # fmt: skip
+    from kvtune.standing import model_standing
+
+    return [
+        f"{fact.name.removeprefix('model.')} changed since the recipe was proven"
+        for fact in model_standing(recipe, now) if fact.verdict in ("changed", "unclear")
+    ]  # fmt: skip
 
 
 def _as_text(record: dict[str, Any]) -> str:
