@@ -32,7 +32,9 @@ def found(fake: Any, requests_: Any, tmp_path: Path) -> tuple[Any, dict[str, Any
             return (MemoryMoment(name="before load"), MemoryMoment(name="after load", allocated_bytes=7))
 
     target = Target()
-    settings = TuneSettings(budget_s=300.0, text=lambda ids: " ".join(f"w{i}" for i in ids))
+    settings = TuneSettings(
+        budget_s=300.0, price_per_hour=3.6, text=lambda ids: " ".join(f"w{i}" for i in ids)
+    )
     result = run(target, requests_, settings, tmp_path, clock=target.clock)
     return target, dict(result.record)
 
@@ -155,6 +157,14 @@ def test_runs_of_the_same_requests_do_not_add_to_n() -> None:
     assert (once["low"], once["high"]) == (thrice["low"], thrice["high"])
     assert once["low"] < 18 < once["high"] < 20
     assert thrice["num_runs"] == 3
+
+
+def test_a_price_becomes_the_cost_of_a_million_tokens(found: Any) -> None:
+    _, record = found
+    for side in ("baseline", "winner"):
+        metrics = record[side]["metrics"]
+        expected = 1000 / metrics["output_tokens_per_s"]
+        assert metrics["cost_per_million_tokens"] == pytest.approx(expected)
 
 
 def test_memory_is_looked_at_for_both_sides(found: Any) -> None:

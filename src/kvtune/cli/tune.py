@@ -73,6 +73,10 @@ def tune(
     per_layer: Annotated[
         bool, typer.Option(help="Also search codecs layer by layer (kvtune's engine).")
     ] = True,
+    price_per_hour: Annotated[
+        float | None,
+        typer.Option(min=0, help="What this machine costs: the report then tells cost per token."),
+    ] = None,
     high_value: HighValue = None,
     judge: Judge = None,
     trace_block_size: Annotated[
@@ -106,6 +110,7 @@ def tune(
         margin=margin_named(margin).name, probe_margin=DEMO_PROBE_MARGIN if demo else None,
         slo=None if slo is None else parse_slo(slo),
         kv_budget_bytes=parse_bytes(kv_budget), seed=seed, resume=resume, per_layer=per_layer,
+        price_per_hour=price_per_hour,
         engine={"dtype": dtype, "max_model_len": max_model_len, "num_threads": threads, "pad_rows": pad_rows},
         replay=ReplaySettings() if engine == "kvtune" else ReplaySettings(num_decode=0, max_top=VLLM_TOP),
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -126,7 +131,7 @@ def tune(
                          out=out, slo=slo, margin=margin, dtype=dtype, seed=seed, scale=scale,
                          max_model_len=max_model_len, num_requests=num_requests, vllm_python=vllm_python,
                          trace_block_size=trace_block_size, threads=threads, high_value=high_value,
-                         judge=judge, per_layer=per_layer),
+                         judge=judge, per_layer=per_layer, price_per_hour=price_per_hour),
         questions=gate_questions(requests, tokens, model_path, max_model_len=length, seed=seed,
                                  high_value=high_value, judge=judge),
         text=_reader(model_path), emit=_emitted,

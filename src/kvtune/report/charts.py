@@ -223,7 +223,8 @@ def _labels(chart: Scatter, x_axis: Axis, y_axis: Axis) -> list[str]:
         named.add(point.label)
         taken.append(box)
         is_key = point.kind in ("baseline", "winner")
-        parts.append(svg_text(box[0], box[3] - 3, point.label, "point" if is_key else "point minor", "start"))
+        place, anchor = (box[2], "end") if box[2] <= x else (box[0], "start")  # larger letters grow outwards
+        parts.append(svg_text(place, box[3] - 3, point.label, "point" if is_key else "point minor", anchor))
     return parts
 
 

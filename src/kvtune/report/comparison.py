@@ -40,7 +40,9 @@ def comparison_section(result: Mapping[str, Any]) -> Section:
     chart = Intervals("Winner against baseline", "ratio, winner / baseline", figure_rows, 1.0, "baseline")
     blocks: list[Block] = [chart, table if rows else Paragraph(record.NOT_RECORDED, "warn")]
     if not record.number(find(result, "price_per_hour")):
-        blocks.append(Paragraph("Cost per million tokens: not recorded (no price was given).", "muted"))
+        blocks.append(
+            Paragraph("Cost per million tokens: not recorded (no --price-per-hour was given).", "muted")
+        )
     return Section("Baseline against winner", tuple(blocks))
 
 

@@ -81,7 +81,7 @@ def _frame(chart: Lines, x_axis: Axis, y_axis: Axis, height: float) -> str:
     for tick in _x_ticks(x_axis, chart.x_unit):
         x = x_axis.place(tick)
         parts.append(svg_line(x, bottom, x, bottom + 5, "axis"))
-        parts.append(svg_text(x, bottom + 18, _tick_text(tick, chart.x_unit)))
+        parts.append(svg_text(x, bottom + 18, tick_text(tick, chart.x_unit)))
     parts.append(svg_line(_LEFT, bottom, WIDTH - _RIGHT, bottom, "axis"))
     parts.append(_names(chart.x_label, chart.y_label, height))
     return "".join(parts)
@@ -96,16 +96,12 @@ def _x_ticks(axis: Axis, unit: str) -> list[float]:
         ticks = [m * 10.0**e for e in decades for m in (1, 2, 5) if axis.low <= m * 10.0**e <= axis.high]
     taken, kept = -math.inf, list[float]()
     for tick in ticks:
-        half = _CHARACTER * len(_tick_text(tick, unit)) / 2 + 4
+        half = _CHARACTER * len(tick_text(tick, unit)) / 2 + 4
         x = axis.place(tick)
         if x - half >= taken and x + half <= WIDTH:
             kept.append(tick)
             taken = x + half
     return kept
-
-
-def _tick_text(tick: float, unit: str) -> str:
-    return tick_text(tick, unit)
 
 
 def _rows(y_axis: Axis, unit: str) -> str:
@@ -114,7 +110,7 @@ def _rows(y_axis: Axis, unit: str) -> str:
     for tick in ticks if y_axis.start - y_axis.end > 150 else ticks[::2]:
         y = y_axis.place(tick)
         parts.append(svg_line(_LEFT, y, WIDTH - _RIGHT, y, "grid"))
-        parts.append(svg_text(_LEFT - 7, y + 4, _tick_text(tick, unit), anchor="end"))
+        parts.append(svg_text(_LEFT - 7, y + 4, tick_text(tick, unit), anchor="end"))
     return "".join(parts)
 
 

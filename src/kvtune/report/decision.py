@@ -25,7 +25,7 @@ from kvtune.report.record import Place, as_mapping, figure, find, metric_label, 
 __all__ = ["BYTES", "decision_section", "headline", "is_baseline_kept", "is_worse", "report_title"]
 
 BYTES = "kv_bytes_per_token"
-BOUNDS = "In parentheses: bounds that each hold with 95 % confidence, and the number of observations."
+BOUNDS = "From and to: bounds that each hold with 95 % confidence; n: the number of observations behind them."
 _HIGHER_IS_BETTER = (
     "goodput",
     "per_s",

@@ -183,9 +183,10 @@ def _table(block: Table) -> str:
         first, *rest = row
         cells = "".join(f"<td{_attributes(c)}>{escape(c.text)}</td>" for c in rest)
         rows.append(f'<tr><th scope="row"{_attributes(first)}>{escape(first.text)}</th>{cells}</tr>')
+    name = escape(block.caption)
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(block.caption)}"><table>'
-        f"<caption>{escape(block.caption)}</caption><thead><tr>{head}</tr></thead>"
+        f'<p class="caption" aria-hidden="true">{name}</p><div class="scroll" tabindex="0" role="region" '
+        f'aria-label="{name}"><table aria-label="{name}"><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 

@@ -160,18 +160,19 @@ def _digits(value: float) -> str:
 
 
 def tick_text(value: float, unit: str = "") -> str:
-    """A round number beside an axis: no digits that are zero."""
-    scaled, name = (
-        (value * 1000, " ms") if unit == "s" and abs(value) < 1 else (value, f" {unit}" if unit else "")
-    )
+    """A round number beside an axis, in as few letters as it takes."""
+    if not value:
+        return "0"
     if unit == "bytes":
         return _bytes(value)
-    text = (
-        f"{scaled:,.10f}".rstrip("0").rstrip(".")
-        if 1e-6 <= abs(scaled) < 1e9 or not scaled
-        else f"{scaled:g}"
-    )
-    return (text if value else "0") + (name if value else "")
+    in_ms = unit == "s" and abs(value) < 1
+    scaled, name = (value * 1000, " ms") if in_ms else (value, f" {unit}" if unit else "")
+    if unit == "share":
+        scaled, name = value * 100, " %"
+    if 1e-3 <= abs(scaled) < 1e9:
+        return f"{scaled:,.10f}".rstrip("0").rstrip(".") + name
+    digits, _, power = f"{scaled:.3e}".partition("e")
+    return f"{digits.rstrip('0').rstrip('.')}e{int(power)}{name}"
 
 
 def show_interval(shown: Figure, unit: str = "") -> str:
@@ -202,6 +203,7 @@ _LABELS = {
     "delta_nll": "delta NLL", "num_slo_met": "requests within SLO", "num_requests": "requests",
     "num_failed": "failed requests", "duration_s": "duration", "output_tokens_per_s": "output tokens per s",
     "num_cached_tokens": "cached prompt tokens", "device_hit_rate": "prefix hit rate, device tier",
+    "cost_per_million_tokens": "cost per million output tokens",
     "recomputed_tokens": "tokens recomputed", "preemptions": "preemptions", "goodput": "goodput per s",
 }  # fmt: skip
 

@@ -55,7 +55,7 @@ border-bottom:1px solid var(--line)}
 .facts dt{color:var(--soft)}
 .scroll{overflow-x:auto;margin:14px 0}
 table{border-collapse:collapse;width:100%;font-size:14px;font-variant-numeric:tabular-nums}
-caption{text-align:left;color:var(--soft);padding:0 0 6px;font-size:13px}
+.caption{color:var(--soft);margin:18px 0 -8px;font-size:13px;max-width:none}
 th,td{text-align:left;vertical-align:top;padding:6px 14px 6px 0;border-bottom:1px solid var(--line)}
 thead th{color:var(--soft);font-weight:600;white-space:nowrap}
 tbody th{font-weight:600;white-space:nowrap}
@@ -107,6 +107,8 @@ svg .halo{paint-order:stroke;stroke:var(--panel);stroke-width:4px;stroke-linejoi
 @media (max-width:520px){.drawing>svg.shrinks{min-width:0}svg.shrinks text{font-size:17px}
 svg.shrinks .row{font-size:15px}svg.shrinks .minor{display:none}
 tbody th{white-space:normal;min-width:104px}pre{white-space:pre-wrap;overflow-wrap:anywhere}}
+@media (max-width:720px){table{width:max-content;min-width:100%}td{max-width:310px}
+tbody th{position:sticky;left:0;background:var(--bg);max-width:46vw}}
 @media (max-width:720px){.sides{grid-template-columns:1fr}}
 @media (max-width:720px){header,main{padding:0 14px}.facts div{grid-template-columns:1fr}h1{font-size:21px}}
 @media print{body{font-size:12px}.scroll,.drawing{overflow:visible}nav{display:none}}

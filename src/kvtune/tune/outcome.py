@@ -155,10 +155,13 @@ class Outcome:
     def _side(
         self, config: Config, reports: Sequence[LoadReport], effective: Mapping[str, Any]
     ) -> dict[str, Any]:
-        slo = self.settings.slo or Slo()
+        speed = summarise(reports, self.settings.slo or Slo())
+        rate, price = speed["output_tokens_per_s"], self.settings.price_per_hour
+        if price is not None and rate:
+            speed["cost_per_million_tokens"] = price / 3600 / rate * 1e6
         return {
             "config": dict(config),
-            "metrics": {"kv_bytes_per_token": self._bytes(config), **summarise(reports, slo)},
+            "metrics": {"kv_bytes_per_token": self._bytes(config), **speed},
             "effective": dict(effective),
         }  # fmt: skip
 
@@ -208,6 +211,7 @@ class Outcome:
             "identity": self.identity, "workload": {**self.settings.workload, **self.split,
                 "is_synthetic_text": self.settings.is_synthetic_text},
             "limits": self._limits(), "voided_by": list(DEFAULT_VOIDED_BY), "fallback": self._fallback(),
+            "price_per_hour": self.settings.price_per_hour,
             "budget_s": self.settings.budget_s, "elapsed_s": self.elapsed_s, "seed": self.settings.seed,
             "kvtune_version": __version__, "command": self.settings.command,
             "created_at": self.settings.created_at, "next_command": self._next_command(),

@@ -32,6 +32,8 @@ class TuneSettings:
     is_synthetic_text: bool = False
     workload: Mapping[str, Any] = field(default_factory=dict[str, Any])
     engine: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    price_per_hour: float | None = None
+    """Of the machine, in any currency: what a token costs follows from the throughput of the loads."""
     command: str = ""
     created_at: str = ""
 
