@@ -56,13 +56,9 @@ OPENING = {name: 0.6 * share for name, share in MIXTURE.items()} | {
 """At first, repeated random tokens and plain recall teach to copy."""
 
 LATER = MIXTURE | {
-    "text": 0.17,
-    "tracking": 0.04,
-    "copy": 0.13,
-    "count": 0.16,
-    "list_completion": 0.09,
+    "text": 0.16, "tracking": 0.04, "copy": 0.13, "count": 0.20, "common_word": 0.08, "list_completion": 0.08,
     "rule": 0.02,
-}
+}  # fmt: skip
 """Shares once single values are found in long contexts: more of what takes more than one look-up."""
 
 
@@ -77,10 +73,10 @@ class Stage:
 
 
 STAGES = (
-    Stage(0.06, 192, 10, OPENING),
-    Stage(0.27, 512, 4, MIXTURE | {"random": 0.03, "documents": 0.05}),
-    Stage(0.50, 1024, 2, MIXTURE | {"random": 0.02, "documents": 0.05}),
-    Stage(0.78, 2048, 1, LATER | {"random": 0.02, "documents": 0.04}),
+    Stage(0.12, 192, 10, OPENING),
+    Stage(0.28, 512, 4, MIXTURE | {"random": 0.03, "documents": 0.05}),
+    Stage(0.48, 1024, 2, LATER | {"random": 0.02, "documents": 0.05}),
+    Stage(0.75, 2048, 1, LATER | {"random": 0.02, "documents": 0.04}),
     Stage(1.01, 4096, 1, LATER | {"documents": 0.03}),
 )
 
@@ -234,12 +230,13 @@ def new_model(seed: int) -> LlamaForCausalLM:
 def seed_induction(model: LlamaForCausalLM) -> None:
     """Start with rough circuits that copy, for training to refine: finding them by chance takes hours here.
 
-    Each has the two heads of an induction circuit (Olsson et al. 2022, "In-context learning and induction
-    heads"). One in layer 0 attends one token back (for the other circuit two), by the fast RoPE pairs, and
-    writes what it saw beside the token itself; one in layer 1 looks, by the slow pairs, for places that
-    come after the present token (after the one before it: a value behind "key =" or "item,"), and writes
-    out what stands there. Embeddings start ten times larger than matrices, so that the residual stream says
-    which token it is, and carry a constant (element 0) for the first heads to build on.
+    They are induction circuits (Olsson et al. 2022, "In-context learning and induction heads"). The heads
+    of layer 0 attend 1, 2, 3 and 4 tokens back, by the fast RoPE pairs, and write what they saw beside the
+    token itself. Heads of layers 1 and 2 look, by the slow pairs, for places where a token seen lately
+    stands one place further back than it does here, and write out what stands there: what comes next, but
+    also a value behind "key =" or "key: ". One in the last layer asks for two tokens at once. Embeddings
+    start ten times larger than matrices, so that the residual stream says which token it is, and carry a
+    constant (element 0) for the heads of layer 0 to build on.
     """
     width, half = model.config.hidden_size, HEAD_DIM // 2
     embedding = model.model.embed_tokens.weight
@@ -247,36 +244,49 @@ def seed_induction(model: LlamaForCausalLM) -> None:
     embedding[:, 0] = 1.2
     model.model.norm.weight.fill_(0.1)  # tied embeddings: logits stay as small as they were
     slow = [*range(18, half - 1), *range(half + 18, HEAD_DIM - 1)]
-    axes = torch.linalg.qr(torch.randn(width, 3 * len(slow) + HEAD_DIM)).Q.T  # orthonormal rows
+    axes = torch.linalg.qr(torch.randn(width, 5 * len(slow) + HEAD_DIM)).Q.T  # orthonormal rows
     axes[:, 0] = 0.0
-    token, one_back, two_back, content = axes.split([len(slow)] * 3 + [HEAD_DIM])
-    first, second = (layer.self_attn for layer in model.model.layers[:2])
+    *seen, content = axes.split([len(slow)] * 5 + [HEAD_DIM])  # the token itself, one back, ... four back
     for layer in model.model.layers:  # what layers add starts small beside the embeddings
         layer.self_attn.o_proj.weight.mul_(0.5)
         layer.mlp.down_proj.weight.mul_(0.5)
 
+    attention = [layer.self_attn for layer in model.model.layers]
     speeds = model.config.rope_parameters["rope_theta"] ** -(torch.arange(8) / half)
-    first.k_proj.weight[:HEAD_DIM] = 0.0
-    first.k_proj.weight[:8, 0] = 2.4
-    first.v_proj.weight[: len(slow)] = token
-    for head, back in enumerate((one_back, two_back)):
+    attention[0].k_proj.weight.zero_()
+    for kv_head in range(2):
+        attention[0].k_proj.weight[kv_head * HEAD_DIM :][:8, 0] = 2.4
+        attention[0].v_proj.weight[kv_head * HEAD_DIM :][: len(slow)] = seen[0]
+    attention[0].q_proj.weight.zero_()
+    for head in range(4):
+        back = (head + 1) * speeds  # the score peaks where the key stands this many tokens before
         rows = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
-        steps = head + 1  # the score peaks where the key stands this many tokens before
-        first.q_proj.weight[rows] = 0.0
-        first.q_proj.weight[rows][:8, 0] = 2.4 * (steps * speeds).cos()
-        first.q_proj.weight[rows][half : half + 8, 0] = -2.4 * (steps * speeds).sin()
-        first.o_proj.weight[:, rows][:, : len(slow)] = 0.6 * back.T
+        attention[0].q_proj.weight[rows][:8, 0] = 2.4 * back.cos()
+        attention[0].q_proj.weight[rows][half : half + 8, 0] = -2.4 * back.sin()
+        attention[0].o_proj.weight[:, rows][:, : len(slow)] = 0.6 * seen[head + 1].T
 
-    # queries of heads 0 and 2 have keys and values of their own: KV heads 0 and 1
-    for head, kv_head, asks, stands in ((0, 0, token, one_back), (2, 1, one_back, two_back)):
-        rows = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
+    # one query head of each KV head copies what stands behind the same token, 1, 2, 3 or 4 places on
+    for places in range(1, 5):
+        layer, kv_head = attention[1 + (places - 1) // 2], (places - 1) % 2
+        rows = slice(2 * kv_head * HEAD_DIM, (2 * kv_head + 1) * HEAD_DIM)
         kv_rows = slice(kv_head * HEAD_DIM, (kv_head + 1) * HEAD_DIM)
-        second.q_proj.weight[rows] = 0.0
-        second.k_proj.weight[kv_rows] = 0.0
-        second.q_proj.weight[rows][slow] = 1.5 * asks
-        second.k_proj.weight[kv_rows][slow] = 1.5 * stands
-        second.v_proj.weight[kv_rows] = content
-        second.o_proj.weight[:, rows] = 0.6 * content.T
+        layer.q_proj.weight[rows] = 0.0
+        layer.k_proj.weight[kv_rows] = 0.0
+        layer.q_proj.weight[rows][slow] = 1.5 * seen[places - 1]
+        layer.k_proj.weight[kv_rows][slow] = 1.5 * seen[places]
+        layer.v_proj.weight[kv_rows] = content
+        layer.o_proj.weight[:, rows] = (0.6 if places <= 2 else 0.3) * content.T
+    # and one in the last layer what stands behind the same two tokens
+    rows, pair = slice(0, HEAD_DIM), len(slow) // 2
+    last = attention[3]
+    last.q_proj.weight[rows] = 0.0
+    last.k_proj.weight[rows] = 0.0
+    for number, places in enumerate((2, 3)):
+        mine = slow[number::2]
+        last.q_proj.weight[mine] = 1.8 * seen[places - 1][:pair]
+        last.k_proj.weight[mine] = 1.8 * seen[places][:pair]
+    last.v_proj.weight[rows] = content
+    last.o_proj.weight[:, rows] = 0.3 * content.T
 
 
 @torch.no_grad()
@@ -557,7 +567,7 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=float, default=0.0, help="budget of training time (0: --tokens decides)"
     )
-    parser.add_argument("--tokens", type=int, default=18_500_000)
+    parser.add_argument("--tokens", type=int, default=10_500_000)
     parser.add_argument("--lr", type=float, default=1.6e-3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
