@@ -66,14 +66,14 @@ def test_what_the_search_measured_is_taken_as_it_is(found: Any) -> None:
             assert row["source"] == "measured for this table"
 
 
-def ablation(left_s: float, trials: list[Trial], asked: list[Any]) -> Ablation:
+def ablation(
+    left_s: float, trials: list[Trial], asked: list[Any], names: tuple[str, ...] = ("k", "v", "size")
+) -> Ablation:
     def evaluate(number: int, config: Any, best: Any) -> Trial:
         asked.append(config)
         return Trial(number=number, config=config, status=Status.COMPLETE, metrics={"tpot_s": {}})
 
-    knobs = [
-        SimpleNamespace(name=n, values=("a", "b"), baseline="a", is_lossy=False) for n in ("k", "v", "size")
-    ]
+    knobs = [SimpleNamespace(name=n, values=("a", "b"), baseline="a", is_lossy=False) for n in names]
     pace = Pace(lambda: 0.0, left_s)
     with pace.measure("trial"):
         pass
@@ -94,6 +94,19 @@ def test_a_trial_that_was_never_measured_is_measured() -> None:
     record = ablation(100.0, [pruned], asked).record({"k": "b", "v": "a", "size": "b"})
     assert {"k": "a", "v": "a", "size": "b"} in asked
     assert [row["setting"] for row in record["variants"]] == ["k", "size"]
+
+
+def test_a_side_that_differs_by_layer_goes_back_in_every_layer() -> None:
+    asked: list[Any] = []
+    found = ablation(100.0, [], asked, names=("k_codec", "v_codec"))
+    winner = {"k_codec": "b", "v_codec": "c", "layer_codecs": {"0": ["c", "c"], "3": ["b", "b"]}}
+    record = found.record(winner)
+    assert [row["setting"] for row in record["variants"]] == ["k_codec", "v_codec", "layer_codecs"]
+    assert [row["config"] for row in record["variants"]] == [
+        {"k_codec": "a", "v_codec": "c", "layer_codecs": {"3": ["a", "b"]}},
+        {"k_codec": "b", "v_codec": "a", "layer_codecs": {"0": ["c", "a"]}},
+        {"k_codec": "b", "v_codec": "c"},
+    ]
 
 
 def test_seconds_set_aside_stay_within_a_tenth_of_the_budget() -> None:

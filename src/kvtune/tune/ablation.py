@@ -82,7 +82,10 @@ class Ablation:
         variant = {key: value for key, value in config.items() if key != name}
         if name in self._space.baseline:
             variant[name] = self._space.baseline[name]
-        return {key: variant[key] for key in config if key in variant}
+        if name in _SIDES and "layer_codecs" in variant:
+            variant |= _table_without(variant, _SIDES[name], variant[name])
+        kept = [key for key in config if variant.get(key) not in (None, {})]
+        return {key: variant[key] for key in kept}
 
     def _measured(self, config: Config) -> Trial | None:
         """A trial of the search, else a new measurement; None without time for it."""
@@ -95,6 +98,19 @@ class Ablation:
 
     def _source(self, trial: Trial) -> str:
         return "measured for this table" if trial.number < 0 else f"trial {trial.number} of the search"
+
+
+_SIDES = {"k_codec": 0, "v_codec": 1}
+
+
+def _table_without(config: Config, side: int, codec: Any) -> dict[str, Any]:
+    """The table of layers that differ from `k_codec` and `v_codec`, one side of each set to `codec`."""
+    common = [config["k_codec"], config["v_codec"]]
+    table = {
+        layer: [codec if i == side else each for i, each in enumerate(pair)]
+        for layer, pair in dict(config["layer_codecs"]).items()
+    }
+    return {"layer_codecs": {layer: pair for layer, pair in table.items() if pair != common}}
 
 
 def _key(config: Config) -> str:
