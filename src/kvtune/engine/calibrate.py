@@ -33,6 +33,8 @@ _MEAN_ANSWER: Final = 64
 _NUM_HEADS: Final = 6
 _LARGEST_HEAD: Final = 0.95
 """Share of a prompt that is head, at most."""
+_LONG_ROUNDS: Final = 0.6
+"""Share of rounds whose prompts are all long, so that decodes read as much as a busy server's."""
 _FILL: Final = 0.9
 """Share of the cache that heads and running requests may take."""
 
@@ -188,18 +190,15 @@ class _Load:
     def _mix(self, most: int) -> _Mix:
         """Prompts as long as fit: the heads once, and what each request has of its own."""
         concurrency = self._log_uniform(1, most)
-        heads = self._rng.permutation(_NUM_HEADS)[: self._log_uniform(1, min(_NUM_HEADS, concurrency))]
-        share = self._rng.uniform(0.0, _LARGEST_HEAD)
+        heads = self._rng.permutation(_NUM_HEADS)[: self._rng.integers(1, min(_NUM_HEADS, concurrency) + 1)]
+        is_long = self._rng.random() < _LONG_ROUNDS
+        share = self._rng.uniform(_LARGEST_HEAD / 2 if is_long else 0.0, _LARGEST_HEAD)
         room = _FILL * self._capacity - concurrency * _MEAN_ANSWER
         fitting = int(room / (len(heads) * share + concurrency * (1.0 - share)))
         longest = max(8, min(self._longest, fitting))
         cut = int(share * longest)
-        return _Mix(
-            concurrency,
-            tuple(self._heads[i][:cut] for i in heads),
-            shortest=self._log_uniform(4, longest),
-            longest=longest,
-        )
+        shortest = int(self._rng.uniform(0.3, 0.9) * longest) if is_long else self._log_uniform(4, longest)
+        return _Mix(concurrency, tuple(self._heads[i][:cut] for i in heads), max(4, shortest), longest)
 
     def _tokens(self, count: int) -> list[int]:
         return self._rng.integers(0, self._engine.loaded.vocab_size, count).tolist()
