@@ -325,7 +325,9 @@ _SECTIONS: Final[Mapping[str, type[CacheConfig] | type[SchedulerConfig] | type[E
 }  # fmt: skip
 
 
-_JUDGED: Final = frozenset(("k_codec", "v_codec", "layer_codecs", "key_centring", "first_block_16bit"))
+_JUDGED: Final = frozenset(
+    ("k_codec", "v_codec", "layer_codecs", "key_centring", "first_block_16bit", "squeeze_planes")
+)
 """Settings that change answers: what is served must name none that was not judged."""
 
 
@@ -391,8 +393,12 @@ def _check_section(
 ) -> None:
     for item in dataclasses.fields(cls):
         kind = type(item.default)
-        if item.name not in data or item.default is dataclasses.MISSING or item.name == "kv_budget":
-            continue
+        if (
+            item.name not in data
+            or item.default is dataclasses.MISSING
+            or item.metadata.get("unit") == "bytes"
+        ):
+            continue  # mappings and sizes are read by the settings themselves
         value = data[item.name]
         is_right = type(value) is kind or (kind is float and type(value) is int)
         if item.default is None:
@@ -421,9 +427,14 @@ def _check_codecs(cache: CacheConfig) -> None:
         raise UsageError(
             f"block_size {cache.block_size} is no multiple of {BLOCK_TOKENS}, which every layout needs"
         )
-    wrong = next((layer for layer in cache.layer_codecs if not 0 <= layer < MAX_LAYERS), None)
+    layers = (*cache.layer_codecs, *cache.squeeze_planes)
+    wrong = next((layer for layer in layers if not 0 <= layer < MAX_LAYERS), None)
     if wrong is not None:
-        raise UsageError(f"layer_codecs names layer {_short(wrong)}, which no model has")
+        raise UsageError(f"layer_codecs or squeeze_planes name layer {_short(wrong)}, which no model has")
+    for layer in cache.squeeze_planes:
+        for side, name in zip("kv", cache.codecs_of(layer), strict=True):
+            if side in cache.droppable_sides(layer) and not codec_storage(name).low_bits:
+                raise UsageError(f"squeeze_planes drops a plane of {name}, which has no second plane")
 
 
 def _short(value: Any) -> str:

@@ -191,6 +191,14 @@ def test_contradictory_settings_are_refused_although_the_hash_agrees(
     refused(capsys, edited(recipe, tmp_path / "recipe.json", configuration=configuration))
 
 
+def test_a_layer_the_model_does_not_have_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], recipe: Path
+) -> None:
+    knobs = {**BASELINE, "k_codec": "int8", "v_codec": "int8", "layer_codecs": {"99": ["bf16", "bf16"]}}
+    configuration = configuration_of(knobs, kv_budget_bytes=1 << 24)
+    refused(capsys, edited(recipe, tmp_path / "recipe.json", configuration=configuration), "verify")
+
+
 @pytest.mark.parametrize(
     "engine",
     [

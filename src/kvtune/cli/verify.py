@@ -119,6 +119,7 @@ def _installed(recipe: Recipe, folder: Path, vllm_python: Path | None) -> list[F
     hardware: Mapping[str, Any] = read_host().to_dict()
     try:
         if name == "kvtune":
+            _check_layers(recipe, folder)
             engine, hardware = _own_engine(recipe)
         elif name == "vllm":
             engine = _vllm(recipe, folder, vllm_python)
@@ -133,6 +134,21 @@ def _installed(recipe: Recipe, folder: Path, vllm_python: Path | None) -> list[F
     return [
         *model_standing(recipe, model_digests(folder)), *standing, *hardware_standing(recipe, hardware),
     ]  # fmt: skip
+
+
+def _check_layers(recipe: Recipe, folder: Path) -> None:
+    """InputFileError where the recipe sets a layer that the model does not have."""
+    from kvtune.errors import InputFileError
+    from kvtune.model_folder import read_config
+    from kvtune.spec import ModelSpec
+
+    cache = recipe.cache_config()
+    named = max((*cache.layer_codecs, *cache.squeeze_planes), default=-1)
+    num_layers = len(ModelSpec.from_config(read_config(folder)).layers) if named >= 0 else 0
+    if named >= num_layers and named >= 0:
+        raise InputFileError(
+            f"the recipe sets layer {named}; the model in {folder} has layers 0..{num_layers - 1}"
+        )
 
 
 def _own_engine(recipe: Recipe) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
