@@ -12,7 +12,6 @@ import os
 import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, Self
 
@@ -131,50 +130,3 @@ class Browser:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class Shown(HTMLParser):
-    """What a page shows: (text, JSON pointer, recorded value, test id, tag) of each marked element, and the
-    text of all other cells and paragraphs."""
-
-    MARKED = ("td", "th", "dd", "span", "h3")
-
-    def __init__(self, dom: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.marked: list[dict[str, Any]] = []
-        self.bare: list[tuple[str, str]] = []
-        self._open: list[tuple[str, dict[str, str | None], list[str]]] = []
-        self.feed(dom)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag in (*self.MARKED, "p", "svg"):
-            self._open.append((tag, dict(attrs), []))
-
-    def handle_data(self, data: str) -> None:
-        if self._open and not any(tag == "svg" for tag, _, _ in self._open):
-            self._open[-1][2].append(data)
-
-    def handle_endtag(self, tag: str) -> None:
-        if not self._open or self._open[-1][0] != tag:
-            return
-        _, attributes, texts = self._open.pop()
-        text = "".join(texts)
-        if "data-path" in attributes:
-            value = attributes.get("data-value")
-            self.marked.append({
-                "text": text, "pointer": attributes["data-path"], "test_id": attributes.get("data-testid"),
-                "value": None if value is None else json.loads(value), "tag": tag,
-            })  # fmt: skip
-        elif tag in self.MARKED and text:
-            self.bare.append((tag, text))
-
-
-def resolve(record: Any, pointer: str) -> Any:
-    """The value that a JSON pointer leads to; None where it leads nowhere."""
-    for part in pointer.split("/")[1:]:
-        key = part.replace("~1", "/").replace("~0", "~")
-        if isinstance(record, list):
-            record = record[int(key)]
-        else:
-            record = record.get(key) if isinstance(record, dict) else None
-    return record

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from browser import BROWSER, DESKTOP, PHONE, Browser, Shown, resolve
+from browser import BROWSER, DESKTOP, PHONE, Browser
 from page_samples import cache_record, plan_record, serve_record
 from report_sample import sample_result
+from shown import Shown, check_numbers, is_shown_by, numbers_in, orphans
 
-from kvtune.printable import printable
 from kvtune.report import render, render_plan, render_simulation
 
 pytestmark = [
@@ -79,80 +77,14 @@ def test_the_check_itself_sees_a_console_error_and_a_request(tmp_path: Path) -> 
 # ---------------------------------------------------------------- numbers
 
 
-UNITS = {"ms": 1e3, "s": 1.0, "B": 1.0, "KiB": 2.0**-10, "MiB": 2.0**-20, "GiB": 2.0**-30, "TiB": 2.0**-40}
-NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?(?![\d.]*[\w/])|[-+]?\d[\d,.]*(?=x\b)")
-UNIT = re.compile(r"\s?(ms|s|[KMGT]iB|B|%)(?!\w)")
-DERIVED = ("0, every bit equal", "% off")
-"""Cells that say something of numbers beside them instead of repeating one."""
-
-
-def numbers_in(text: str) -> Iterator[tuple[str, str]]:
-    """(digits, unit) of every number in a text."""
-    for match in NUMBER.finditer(text):
-        unit = UNIT.match(text, match.end())
-        yield match[0], unit[1] if unit else ""
-
-
-def leaves(value: Any) -> Iterator[float | str]:
-    if isinstance(value, dict):
-        for inner in value.values():
-            yield from leaves(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from leaves(inner)
-    elif isinstance(value, int | float | str) and not isinstance(value, bool):
-        yield value
-
-
-def is_shown_by(digits: str, unit: str, text: str, value: Any) -> bool:
-    """Whether some number under `value`, in that unit and rounded to as many digits, is what stands there."""
-    plain = digits.replace(",", "")
-    shown, decimals = float(plain), len(plain.partition("e")[0].partition(".")[2])
-    step = 0.5 * 10.0 ** (int(plain.partition("e")[2] or 0) - decimals)
-    for leaf in leaves(value):
-        if isinstance(leaf, str):
-            if digits in leaf:
-                return True
-            continue
-        scaled = leaf * UNITS.get(unit, 1.0)
-        if unit == "%":
-            scaled = abs(1 - leaf) * 100 if "fewer" in text or "more" in text else leaf * 100
-        whole = int(leaf) if not unit and "." not in plain else scaled
-        if abs(shown - scaled) <= 1.001 * step or shown == whole:
-            return True
-    return False
-
-
 def test_every_number_on_the_page_is_the_one_in_the_json(browser: Browser, page: Path) -> None:
-    record = sample_result()
     shown = Shown(browser.open(page).dom())
     assert len(shown.marked) > 350
-    checked = 0
-    for element in shown.marked:
-        value = resolve(record, element["pointer"])
-        where = f"{element['pointer']}: {element['text']!r}"
-        if value is None:
-            assert element["text"] in ("not recorded", "none"), where
-            continue
-        if element["value"] is not None:
-            assert element["value"] == value or element["value"] in list(leaves(value)), where
-        if isinstance(value, str):
-            cut = element["text"].endswith("...") and element["text"][:-3] in printable(value)
-            assert cut or printable(value) in element["text"], where
-            continue
-        for digits, unit in numbers_in(element["text"]):
-            checked += 1
-            assert is_shown_by(digits, unit, element["text"], value), where
-    assert checked > 400
+    assert check_numbers(shown, sample_result()) > 400
 
 
 def test_no_number_stands_in_a_cell_without_its_place_in_the_json(browser: Browser, page: Path) -> None:
-    shown = Shown(browser.open(page).dom())
-    orphans = [
-        text for tag, text in shown.bare
-        if tag in ("td", "dd", "span") and list(numbers_in(text)) and not any(d in text for d in DERIVED)
-    ]  # fmt: skip
-    assert orphans == []
+    assert orphans(Shown(browser.open(page).dom())) == []
 
 
 def test_the_check_of_numbers_sees_a_wrong_one() -> None:

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from shown import Shown, check_numbers, orphans
 
 from kvtune.quality import Slo, kl_by_position
 from kvtune.quality.divergence import TokenDivergence
+from kvtune.report import render
 from kvtune.target import LoadReport, LoadResult, MemoryMoment
 from kvtune.tune import TuneSettings, run
 from kvtune.tune.ablation import Ablation, importance
@@ -229,3 +231,13 @@ def test_damage_that_grows_with_distance_shows_at_its_distance() -> None:
     assert [(b["from"], b["to"]) for b in found["answer"]] == [(0, 0), (1, 1), (2, 3)]
     assert found["answer"][-1]["kl"]["value"] == pytest.approx((0.01 + 0.7) / 2)
     assert sum(b["num_tokens"] for b in found["answer"]) == sum(b["num_tokens"] for b in found["context"])
+
+
+def test_the_page_of_a_run_shows_what_the_run_recorded(found: Any) -> None:
+    _, record = found
+    shown = Shown(render(record))
+    assert check_numbers(shown, record) > 300
+    assert orphans(shown) == []
+    pointers = {element["pointer"].split("/")[1] for element in shown.marked}
+    told = {"ablation", "memory", "positions", "answers_side_by_side", "held", "within_slo", "importance"}
+    assert told <= pointers
