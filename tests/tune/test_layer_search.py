@@ -59,7 +59,8 @@ def test_planes_are_read_from_one_engine_without_a_start_per_question(
 ) -> None:
     target = layered()
     tune(target, requests_, tmp_path / "out")
-    assert sum(c["k_codec"] == c["v_codec"] == "n8_rh" for c in target.starts) == 1
+    assert sum(c["k_codec"] == c["v_codec"] == "n8_rh" for c in target.starts) == 2
+    assert not any(len(c.get("layer_codecs", {})) == 1 for c in target.starts)
 
 
 def test_without_a_nested_code_each_question_is_a_replay_and_the_table_the_same(

@@ -10,8 +10,10 @@ Units are single layers; where time is short, neighbours share one (layers that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+import contextlib
+import functools
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,9 +33,10 @@ MAX_ITEMS = 48
 PLANE_TIE = 1.1
 """A high plane is preferred to codecs of its size unless they lose so much less: it needs no new start."""
 
-PASS = "layer pass"
+COST = "layer pass"
 
-Planes = Mapping[int, tuple[int, int]]
+Question = tuple[tuple[int, ...], str, str]
+"""(layers, side, codec)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +90,7 @@ class SideMeter:
         self._reference = reference.head(MAX_ITEMS)
         self._settings, self._pace, self._rng, self._left_s = settings, pace, rng, left_s
         self._before: tuple[Scores, ...] | None = None
+        self._nested: tuple[Scores, ...] | None = None
 
     def measure(self) -> Sensitivities | str:
         """All of it, or why not: no smaller codec, or no time."""
@@ -95,15 +99,16 @@ class SideMeter:
             return "no codec is smaller than the anchor's"
         if not self._affords(2 + sum(map(len, smaller.values()))):
             return "no time is left to measure layers"
-        with self._planes() as read:
-            wide = tuple(self._wide(smaller, read))
-            codecs = {side: (self._anchor[f"{side}_codec"], *self._kept(wide, side)) for side in SIDES}
-            per_unit = sum(len(names) - 1 for names in codecs.values())
-            count = min(len(self._offered.layers), self._affordable() // max(1, per_unit))
-            if per_unit == 0 or count < min(2, len(self._offered.layers)):
-                return "no time is left to measure layers apart" if per_unit else "no smaller codec runs"
-            units = units_of(self._offered.layers, count)
-            isolated = tuple(self._isolated(units, codecs, read))
+        wide = self._asked([(self._offered.layers, side, c) for side in SIDES for c in smaller[side]])
+        codecs = {side: (self._anchor[f"{side}_codec"], *self._kept(wide, side)) for side in SIDES}
+        per_unit = sum(len(names) - 1 for names in codecs.values())
+        if not per_unit:
+            return "no smaller codec runs"
+        count = min(len(self._offered.layers), self._affordable() // per_unit)
+        if count < min(2, len(self._offered.layers)):
+            return "no time is left to measure layers apart"
+        units = units_of(self._offered.layers, count)
+        isolated = self._asked([(u, side, c) for u in units for side in SIDES for c in codecs[side][1:]])
         return Sensitivities(
             units=units, codecs=codecs, wide=wide, isolated=isolated, num_requests=len(self._reference.items)
         )
@@ -117,13 +122,6 @@ class SideMeter:
     def _smaller(self, side: str) -> tuple[str, ...]:
         now = self._size(side, self._anchor[f"{side}_codec"])
         return tuple(codec for codec in self._offered.codecs if self._size(side, codec) < now)
-
-    def _wide(self, smaller: Mapping[str, Sequence[str]], read: _Read | None) -> Iterable[Sensitivity]:
-        for side in SIDES:
-            for codec in smaller[side]:
-                found = self._ask(self._offered.layers, side, codec, read)
-                if found is not None:
-                    yield found
 
     def _kept(self, wide: Sequence[Sensitivity], side: str) -> list[str]:
         """Codecs of one side that no other beats: at most its bytes and less KL."""
@@ -140,26 +138,26 @@ class SideMeter:
 
     # -- questions
 
-    def _isolated(
-        self, units: Sequence[tuple[int, ...]], codecs: Mapping[str, Sequence[str]], read: _Read | None
-    ) -> Iterable[Sensitivity]:
-        for unit in units:
-            for side in SIDES:
-                for codec in codecs[side][1:]:
-                    found = self._ask(unit, side, codec, read)
-                    if found is not None:
-                        yield found
-
-    def _ask(self, layers: tuple[int, ...], side: str, codec: str, read: _Read | None) -> Sensitivity | None:
-        """None where the engine does not run so: that codec is then no choice for that side."""
-        try:
-            if codec == self._offered.high and read is not None:
-                kl, method = read(layers, side), "planes"
-            else:
-                kl, method = self._by_replay(layers, side, codec), "replay"
-        except CRASHES:
-            return None
-        return Sensitivity(layers=layers, side=side, codec=codec, kl=kl, method=method)
+    def _asked(self, questions: Sequence[Question]) -> tuple[Sensitivity, ...]:
+        """Answers in the order of the questions; what the engine does not run has none, and is then no choice
+        for that side. Planes first, and their engine closed, so that there is one KV cache at a time."""
+        found: dict[Question, tuple[Estimate, str]] = {}
+        high = [question for question in questions if question[2] == self._offered.high]
+        if high:
+            with self._planes() as read:
+                for question in high:
+                    with contextlib.suppress(*CRASHES):
+                        if read is not None:
+                            found[question] = (read(question[0], question[1]), "planes")
+        for question in questions:
+            if question not in found:
+                with contextlib.suppress(*CRASHES):
+                    found[question] = (self._by_replay(*question), "replay")
+        return tuple(
+            Sensitivity(layers=q[0], side=q[1], codec=q[2], kl=found[q][0], method=found[q][1])
+            for q in questions
+            if q in found
+        )
 
     def _by_replay(self, layers: Sequence[int], side: str, codec: str) -> Estimate:
         if self._before is None:
@@ -170,34 +168,46 @@ class SideMeter:
         return isolated_kl(self._reference, self._before, after, rng=self._rng)
 
     def _replayed(self, config: Config) -> tuple[Scores, ...]:
-        with self._pace.measure(PASS), started(self._target, config, self._settings, self._pace) as running:
-            return replay(running, self._reference)
+        with started(self._target, config, self._settings, self._pace) as running:
+            return self._scored(running)
 
     @contextmanager
-    def _planes(self) -> Generator[_Read | None]:
-        """One engine that stores every side nested, read side by side; None where there is no such engine."""
+    def _planes(self) -> Generator[Callable[[Sequence[int], str], Estimate] | None]:
+        """Asks what layers' side adds when its high plane alone is read, of one engine that stores every side
+        nested; None where there is no such engine."""
         stored = {f"{side}_codec": self._offered.stored for side in SIDES}
-        if not self._offered.high:
-            yield None
-            return
-        try:
-            running = self._target.start(
-                {**self._anchor, **stored}, kv_budget_bytes=self._settings.kv_budget_bytes
-            )
-        except CRASHES:
-            yield None
-            return
-        with running:
-            yield _Read(running, running.reading, self) if isinstance(running, ReadsPlanes) else None
+        with contextlib.ExitStack() as stack:
+            try:
+                running = stack.enter_context(
+                    started(self._target, {**self._anchor, **stored}, self._settings, self._pace)
+                )
+            except CRASHES:
+                running = None
+            if not isinstance(running, ReadsPlanes):
+                yield None
+                return
+            if self._nested is None:
+                self._nested = self._scored(running)
+            yield functools.partial(self._by_planes, running, running, self._nested)
+
+    def _by_planes(
+        self, running: RunningTarget, planes: ReadsPlanes, before: Sequence[Scores], layers: Sequence[int],
+        side: str,
+    ) -> Estimate:  # fmt: skip
+        with planes.reading(dict.fromkeys(layers, (1, 2) if side == "k" else (2, 1))):
+            after = self._scored(running)
+        return isolated_kl(self._reference, before, after, rng=self._rng)
+
+    def _scored(self, running: RunningTarget) -> tuple[Scores, ...]:
+        with self._pace.measure(COST):
+            return replay(running, self._reference)
 
     # -- time
 
     def _pass_s(self) -> float:
-        known = self._pace.cost_s(PASS)
-        return known or self._pace.cost_s("start") + (
-            self._pace.cost_s("replay", len(self._reference.items))
-            or self._pace.cost_s("reference", len(self._reference.items)) / 2
-        )
+        count = len(self._reference.items)
+        replayed = self._pace.cost_s("replay", count) or self._pace.cost_s("reference", count) / 2
+        return self._pace.cost_s("start") + (self._pace.cost_s(COST) or replayed)
 
     def _affordable(self) -> int:
         each = self._pass_s()
@@ -205,31 +215,3 @@ class SideMeter:
 
     def _affords(self, passes: int) -> bool:
         return self._affordable() >= passes
-
-    def replayed_on(self, running: RunningTarget) -> tuple[Scores, ...]:
-        """A pass over the requests on an engine that runs already."""
-        with self._pace.measure(PASS):
-            return replay(running, self._reference)
-
-    def added(self, before: Sequence[Scores], after: Sequence[Scores]) -> Estimate:
-        """What `after` adds to `before`."""
-        return isolated_kl(self._reference, before, after, rng=self._rng)
-
-
-class _Read:
-    """Reads single sides of a running engine from their high plane."""
-
-    def __init__(
-        self, running: RunningTarget, reading: Callable[[Planes], AbstractContextManager[None]],
-        meter: SideMeter,
-    ) -> None:  # fmt: skip
-        self._running, self._reading, self._meter = running, reading, meter
-        self._before: tuple[Scores, ...] | None = None
-
-    def __call__(self, layers: Sequence[int], side: str) -> Estimate:
-        """What these layers' side adds when its high plane alone is read."""
-        if self._before is None:
-            self._before = self._meter.replayed_on(self._running)
-        with self._reading(dict.fromkeys(layers, (1, 2) if side == "k" else (2, 1))):
-            after = self._meter.replayed_on(self._running)
-        return self._meter.added(self._before, after)
