@@ -19,6 +19,7 @@ from kvtune.tune import TuneSettings, run
 from kvtune.tune.ablation import Ablation, importance
 from kvtune.tune.evidence import AnswerPair, answer_record
 from kvtune.tune.held import held_in, within_slo
+from kvtune.tune.memory import memory_record
 from kvtune.tune.pace import Pace
 from kvtune.tune.space import SearchSpace
 from kvtune.tune.trial import Status, Trial
@@ -241,3 +242,25 @@ def test_the_page_of_a_run_shows_what_the_run_recorded(found: Any) -> None:
     pointers = {element["pointer"].split("/")[1] for element in shown.marked}
     told = {"ablation", "memory", "positions", "answers_side_by_side", "held", "within_slo", "importance"}
     assert told <= pointers
+
+
+def test_memory_is_not_looked_at_when_the_time_is_out(fake: Any, requests_: Any) -> None:
+    class Target(fake):
+        def memory_moments(self, config, requests, *, kv_budget_bytes=None):
+            raise AssertionError("there is no time for this")
+
+    pace = Pace(lambda: 0.0, 10.0)
+    pace._spent["long load"] = (20.0, 1.0)
+    baseline = {"k_codec": "bf16", "v_codec": "bf16", "block_size": 16, "max_num_seqs": 16}
+    record = memory_record(
+        Target(), {"baseline": baseline}, requests_, kv_budget_bytes=1 << 30, context=2048, pace=pace
+    )
+    assert record == {"note": "no time was left to look at the memory"}
+
+
+def test_an_engine_that_cannot_be_looked_into_says_so(fake: Any, requests_: Any) -> None:
+    target = fake(name="vllm")
+    record = memory_record(
+        target, {}, requests_, kv_budget_bytes=None, context=2048, pace=Pace(lambda: 0.0, 10.0)
+    )
+    assert record == {"note": "engine vllm does not tell its KV memory"}

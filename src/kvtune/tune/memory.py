@@ -14,6 +14,7 @@ from kvtune.workload import TokenRequest
 __all__ = ["memory_record"]
 
 MAX_REQUESTS = 8
+SAFETY = 1.25
 BUDGET_SHARE = 0.5
 """The requests looked at fill at most this share of the KV budget: nothing may be preempted."""
 
@@ -32,7 +33,8 @@ def memory_record(
         return {"note": "no request of the workload fits twice into the KV budget"}
     found: dict[str, Any] = {"num_requests": len(chosen)}
     for side, config in sides.items():
-        if pace.left_s < 2 * pace.cost_s("memory"):
+        needed = SAFETY * max(pace.cost_s("start") + pace.cost_s("long load"), pace.cost_s("memory"))
+        if pace.left_s < needed:  # a load run is what comes nearest to it before it was done once
             return {"note": "no time was left to look at the memory"}
         try:
             with pace.measure("memory"):
