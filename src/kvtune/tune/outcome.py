@@ -261,6 +261,7 @@ class Outcome:
         return {
             "configuration": dict(self.baseline_config),
             "trigger": "any voiding change, or `kvtune check` no longer says PASS",
+            "thresholds": self._margin(),
         }
 
     def recipe(self, record: Mapping[str, Any]) -> Recipe:
