@@ -17,11 +17,18 @@ KV_INLINE VF soft_cap(VF x, float cap) {  // cap * tanh(x / cap), |x / cap| kept
   return cap - 2.0f * cap / (exp_of(y * 2.0f) + 1.0f);
 }
 
-// Soft-cap and mask one row's scores in place; returns the largest, -inf if none is visible.
+KV_INLINE VF larger(VF a, VF b) { return select(a > b, a, b); }  // the second where one is NaN
+
+// Soft-cap and mask one row's scores in place; returns the largest, -inf if none is visible. A NaN is passed over
+// here and comes back with its weight.
 KV_INLINE float prepare_scores(const KvAttention& a, int position, int first_key, int count, float* scores) {
   const int lowest = a.window > 0 ? position - a.window + 1 : 0;
   const bool all_visible = first_key >= lowest && first_key + count - 1 <= position;
   VF top = splat(-__builtin_inff());
+  if (all_visible && !(a.softcap > 0.0f)) {
+    for (int c = 0; c < count; c += WIDTH) top = larger(load<VF>(scores + c), top);
+    return horizontal_max(top);
+  }
   for (int c = 0; c < count; c += WIDTH) {
     VF s = load<VF>(scores + c);
     if (a.softcap > 0.0f) s = soft_cap(s, a.softcap);
@@ -29,8 +36,8 @@ KV_INLINE float prepare_scores(const KvAttention& a, int position, int first_key
       const VI key = lane_index() + (first_key + c);
       s = select((key <= position) & (key >= lowest), s, splat(-__builtin_inff()));
     }
-    if (!all_visible || a.softcap > 0.0f) store(scores + c, s);
-    top = select(s > top, s, top);  // a NaN is passed over here and comes back with its weight
+    store(scores + c, s);
+    top = larger(s, top);
   }
   return horizontal_max(top);
 }
@@ -43,41 +50,46 @@ KV_INLINE bool has_nan(const float* x, int count) {
 
 KV_INLINE float* values_of(Band& band, int basis) { return basis == ROTATED ? band.rotated_acc : band.split.acc; }
 
-// One row's scores of groups [at, at + count) of the tile at `tile_key` -> weights; updates maximum and total.
-KV_INLINE void softmax_row(const KvAttention& a, Work& work, Band& band, int r, int dim, int tile_key, int at,
-                           int count) {
-  float* scores = work.scores + r * TILE + at * GROUP;
-  float* weights = work.weights + r * TILE + at * GROUP;
-  const int columns = count * GROUP;
-  const float tile_max = prepare_scores(a, band.position[r], tile_key + at * GROUP, columns, scores);
-  const float old_max = band.split.maximum[r];
-  float new_max = max_of(tile_max, old_max);
-  if (new_max == -__builtin_inff()) {
-    if (!has_nan(scores, columns)) {
-      for (int c = 0; c < columns; c += WIDTH) store(weights + c, VF{});
-      return;
-    }
-    new_max = 0.0f;
-  }
-  VF sum{};
-  for (int c = 0; c < columns; c += WIDTH) {
-    const VF w = exp_of(load<VF>(scores + c) - new_max);
-    store(weights + c, w);
-    sum += w;
-  }
+// A larger maximum was found: what the row has summed up counts less.
+KV_INLINE void rescale_row(Work& work, Band& band, int r, int dim, float keep) {
   float* total = band.total_lanes + r * GROUP;
-  if (new_max != old_max) {
-    const float keep = exp_of(old_max - new_max);
-    store(total, load<VF>(total) * keep);
-    for (int basis = 0; basis < NUM_BASES; basis++) {
-      if (!work.has_values[basis]) continue;
-      float *shift = band.shift_lanes[basis] + r * GROUP, *acc = values_of(band, basis) + r * MAX_DIM;
-      store(shift, load<VF>(shift) * keep);
-      for (int d = 0; d < dim; d++) acc[d] *= keep;
-    }
+  for (int c = 0; c < GROUP; c += WIDTH) store(total + c, load<VF>(total + c) * keep);
+  for (int basis = 0; basis < NUM_BASES; basis++) {
+    if (!work.has_values[basis]) continue;
+    float *shift = band.shift_lanes[basis] + r * GROUP, *acc = values_of(band, basis) + r * MAX_DIM;
+    for (int c = 0; c < GROUP; c += WIDTH) store(shift + c, load<VF>(shift + c) * keep);
+    for (int d = 0; d < dim; d++) acc[d] *= keep;
   }
-  band.split.maximum[r] = new_max;
-  store(total, load<VF>(total) + sum);
+}
+
+// Scores of groups [at, at + count) of the tile at `tile_key` -> weights; updates maximum and total. The maxima of all
+// rows first, so that one row's chain of dependent instructions hides another's.
+KV_INLINE void softmax_rows(const KvAttention& a, Work& work, Band& band, int dim, int tile_key, int at, int count) {
+  const int columns = count * GROUP, rows = band.num_rows;
+  float top[MAX_ROWS];
+  for (int r = 0; r < rows; r++)
+    top[r] = prepare_scores(a, band.position[r], tile_key + at * GROUP, columns, work.scores + r * TILE + at * GROUP);
+  for (int r = 0; r < rows; r++) {
+    const float *scores = work.scores + r * TILE + at * GROUP, old_max = band.split.maximum[r];
+    float *weights = work.weights + r * TILE + at * GROUP, *total = band.total_lanes + r * GROUP;
+    float new_max = max_of(top[r], old_max);
+    if (new_max == -__builtin_inff()) {
+      if (!has_nan(scores, columns)) {  // nothing visible yet
+        for (int c = 0; c < columns; c += WIDTH) store(weights + c, VF{});
+        continue;
+      }
+      new_max = 0.0f;
+    }
+    if (new_max != old_max) rescale_row(work, band, r, dim, exp_of(old_max - new_max));
+    VF sum{};
+    for (int c = 0; c < columns; c += WIDTH) {
+      const VF w = exp_of(load<VF>(scores + c) - new_max);
+      store(weights + c, w);
+      sum += w;
+    }
+    band.split.maximum[r] = new_max;
+    store(total, load<VF>(total) + sum);
+  }
 }
 
 // A float V group that ends past the context: copy it with the unwritten tokens (anything, NaN too) as 0.
@@ -91,38 +103,40 @@ KV_INLINE void clear_tail(TokenGroup& group, int valid, int dim, Work& work) {
   group.v = work.v_tail;
 }
 
-// Where the next tile's counterpart of each group lies; the group itself where there is none.
-KV_INLINE void look_ahead(const KvAttention& a, const Task& task, int tile_key, int at, int stop, TokenGroup* groups) {
-  const int32_t* table = a.block_table + task.seq * a.table_stride;
-  for (int g = at; g < stop; g++) {
-    TokenGroup ahead = groups[g];
-    const int key = tile_key + TILE + g * GROUP;
-    if (key < a.context_len[task.seq]) find_group(*a.cache, table, task.kv_head, key, a.is_bf16, ahead);
-    groups[g].next_k = ahead.k;
-    groups[g].next_v = ahead.v;
-  }
+// How many groups from `g` on share the form and basis of one side.
+KV_INLINE int run_of_keys(const KeyTile& tile, int g, int stop) {
+  if (tile.is_uniform) return stop - g;
+  int n = 1;
+  const TokenGroup *groups = tile.groups + g;
+  while (g + n < stop && groups[n].k_form == groups->k_form && groups[n].k_basis == groups->k_basis) n++;
+  return n;
+}
+KV_INLINE int run_of_values(const KeyTile& tile, int g, int stop) {
+  if (tile.is_uniform) return stop - g;
+  int n = 1;
+  const TokenGroup *groups = tile.groups + g;
+  while (g + n < stop && groups[n].v_form == groups->v_form && groups[n].v_basis == groups->v_basis) n++;
+  return n;
 }
 
 // Keys [low, high) of one tile for the rows of one band.
-static void attend_groups(const KvAttention& a, const TokenGroup* groups, int tile_key, int low, int high, Work& work,
+static void attend_groups(const KvAttention& a, const KeyTile& tile, int tile_key, int low, int high, Work& work,
                           Band& band) {
   const int Dk = a.cache->body.k.head_dim, Dv = a.cache->body.v.head_dim, B = a.cache->block_size;
   const int at = max_of(0, low - tile_key) / GROUP;
   const int stop = (min_of(high - tile_key, TILE) + GROUP - 1) / GROUP;
-  for (int g = at; g < stop;) {
-    const int form = groups[g].k_form, basis = groups[g].k_basis;
-    int n = 1;
-    while (g + n < stop && groups[g + n].k_form == form && groups[g + n].k_basis == basis) n++;
-    score_kernel(form, band.num_rows)(groups, g, n, B, Dk, a.scale, band.query[basis], work.scores);
-    g += n;
+  const TokenGroup* groups = tile.groups;
+  for (int g = at, n = 0; g < stop; g += n) {
+    n = run_of_keys(tile, g, stop);
+    score_kernel(groups[g].k_form, band.num_rows)(groups, g, n, B, Dk, a.scale, band.query[groups[g].k_basis],
+                                                  work.scores);
   }
-  for (int r = 0; r < band.num_rows; r++) softmax_row(a, work, band, r, Dv, tile_key, at, stop - at);
-  for (int g = at; g < stop;) {
-    const int form = groups[g].v_form, basis = groups[g].v_basis;
-    int n = 1;
-    while (g + n < stop && groups[g + n].v_form == form && groups[g + n].v_basis == basis) n++;
-    value_kernel(form, band.num_rows)(groups, g, n, B, Dv, work, band.shift_lanes[basis], values_of(band, basis));
-    g += n;
+  softmax_rows(a, work, band, Dv, tile_key, at, stop - at);
+  for (int g = at, n = 0; g < stop; g += n) {
+    n = run_of_values(tile, g, stop);
+    const int basis = groups[g].v_basis;
+    value_kernel(groups[g].v_form, band.num_rows)(groups, g, n, B, Dv, work, band.shift_lanes[basis],
+                                                  values_of(band, basis));
   }
 }
 
@@ -136,24 +150,26 @@ KV_INLINE KeyRange visible_keys(const KvAttention& a, int split, const Band& ban
   return {a.window > 0 ? max_of(low, band.position[0] - a.window + 1) : low, high};
 }
 
-// One tile for all rows of the task: its groups are found, and unpacked where it pays, once.
-static int attend_tile(const KvAttention& a, const Task& task, int tile_key, const KeyRange* ranges, Work& work) {
-  const KvCache& cache = *a.cache;
-  const int32_t* table = a.block_table + task.seq * a.table_stride;
-  const int Dk = cache.body.k.head_dim, Dv = cache.body.v.head_dim, bands = num_bands(task);
+// One tile for all rows of the task: its groups are unpacked, where it pays, once. `next`: those of the tile after it.
+static int attend_tile(const KvAttention& a, const Task& task, int tile_key, const KeyRange* ranges, KeyTile& tile,
+                       const KeyTile& next_tile, Work& work) {
+  TokenGroup* groups = tile.groups;
+  const TokenGroup* next = next_tile.groups;
+  const int Dk = a.cache->body.k.head_dim, Dv = a.cache->body.v.head_dim, bands = num_bands(task);
   const int at = max_of(0, ranges[0].low - tile_key) / GROUP;
   const int stop = (min_of(ranges[bands - 1].high - tile_key, TILE) + GROUP - 1) / GROUP;
-  TokenGroup groups[TILE / GROUP];
-  for (int g = at; g < stop; g++)
-    if (!find_group(cache, table, task.kv_head, tile_key + g * GROUP, a.is_bf16, groups[g])) return KV_BAD_BLOCK;
-  look_ahead(a, task, tile_key, at, stop, groups);
+  for (int g = at; g < stop; g++) {
+    if (groups[g].k == nullptr) return KV_BAD_BLOCK;
+    groups[g].next_k = next[g].k == nullptr ? groups[g].k : next[g].k;
+    groups[g].next_v = next[g].k == nullptr ? groups[g].v : next[g].v;
+  }
   const int context_len = a.context_len[task.seq];
   if (tile_key + stop * GROUP > context_len)
     clear_tail(groups[stop - 1], context_len - tile_key - (stop - 1) * GROUP, Dv, work);
   if (bands >= PANEL_BANDS) unpack_tile(groups, at, stop, Dk, Dv, work);
   for (int b = 0; b < bands; b++)
     if (ranges[b].high > tile_key && ranges[b].low < tile_key + TILE && ranges[b].high > ranges[b].low)
-      attend_groups(a, groups, tile_key, ranges[b].low, ranges[b].high, work, work.band[b]);
+      attend_groups(a, tile, tile_key, ranges[b].low, ranges[b].high, work, work.band[b]);
   return KV_OK;
 }
 
@@ -194,8 +210,14 @@ static int attend_split(const KvAttention& a, const Task& task, int split, Work&
     begin_split(work.band[b], Dv);
     ranges[b] = visible_keys(a, split, work.band[b]);
   }
-  for (int key = ranges[0].low / TILE * TILE; key < ranges[bands - 1].high; key += TILE) {
-    const int status = attend_tile(a, task, key, ranges, work);
+  KeyTile tiles[2];  // the present one and the next, in turn
+  Finder finder;
+  view_task(a, task, finder);
+  const int first = ranges[0].low / TILE * TILE;
+  find_groups(finder, first, tiles[0]);
+  for (int key = first, i = 0; key < ranges[bands - 1].high; key += TILE, i ^= 1) {
+    find_groups(finder, key + TILE, tiles[i ^ 1]);
+    const int status = attend_tile(a, task, key, ranges, tiles[i], tiles[i ^ 1], work);
     if (status != KV_OK) return status;
   }
   for (int b = 0; b < bands; b++) end_split(work.band[b], Dv, work.has_values[ROTATED]);
@@ -204,31 +226,32 @@ static int attend_split(const KvAttention& a, const Task& task, int split, Work&
 
 // ---- queries in, results out --------------------------------------------------------------------------------
 
-// Row r of `query.q` -> 16-bit fixed point and its sums.
+// Row r of `query.q`, zeros up to a whole vector, -> 16-bit fixed point and its sums.
 static void quantise_query(Query& query, int r, int dim) {
   const float* q = query.q + r * MAX_DIM;
   int8_t *high = query.high + r * MAX_DIM, *low = query.low + r * MAX_DIM;
-  float top = 0.0f, sum = 0.0f;
-  for (int d = 0; d < dim; d++) {
-    top = max_of(top, __builtin_fabsf(q[d]));
-    sum += q[d];
+  VF tops{}, sums{};
+  for (int d = 0; d < dim; d += WIDTH) {
+    const VF x = load<VF>(q + d), magnitude = as_float((VU)x & 0x7fffffffu);
+    tops = select(magnitude > tops, magnitude, tops);
+    sums += x;
   }
+  const float top = horizontal_max(tops), sum = horizontal_sum(sums);
   query.sum[r] = sum;
   // sum - sum is NaN for a query that is not finite: its scores must not look valid.
   query.step[r] = top * (1.0f / 32512.0f) + (sum - sum);
-  const float inverse = top > 0.0f ? 32512.0f / top : 0.0f;
   query.bytes_sum[r] = 0;
-  if (!(top < __builtin_inff()) || sum != sum) {
-    __builtin_memset(high, 0, dim);
-    __builtin_memset(low, 0, dim);
-    return;
+  const bool is_finite = top < __builtin_inff() && sum == sum;
+  const float inverse = is_finite && top > 0.0f ? 32512.0f / top : 0.0f;
+  VI bytes_sum{};
+  for (int d = 0; d < dim; d += WIDTH) {
+    const VF shifted = load<VF>(q + d) * inverse + 12582912.0f;  // rounds to nearest even
+    const VI x = is_finite ? (VI)shifted - 0x4b400000 : VI{}, upper = (x + 128) >> 8;
+    store(high + d, __builtin_convertvector(upper, VB));
+    store(low + d, __builtin_convertvector(x - upper * 256, VB));
+    bytes_sum += x;
   }
-  for (int d = 0; d < dim; d++) {
-    const int x = static_cast<int>(__builtin_rintf(q[d] * inverse));
-    high[d] = static_cast<int8_t>((x + 128) >> 8);
-    low[d] = static_cast<int8_t>(x - high[d] * 256);
-    query.bytes_sum[r] += x;
-  }
+  query.bytes_sum[r] = horizontal_sum(bytes_sum);
 }
 
 // Which bases a side's blocks are in; the centre of those that are rotated (the body's where both arenas are).
@@ -258,6 +281,7 @@ static void load_query(const float* source, const float* centre, int basis, floa
                        Query& query, int r) {
   float* q = query.q + r * MAX_DIM;
   for (int d = 0; d < dim; d++) q[d] = source[d];
+  for (int d = dim; d % WIDTH != 0; d++) q[d] = 0.0f;
   if (basis == ROTATED) rotate(q, dim);
   float score = 0.0f;
   if (basis == ROTATED && centre != nullptr)

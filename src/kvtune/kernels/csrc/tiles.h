@@ -25,38 +25,94 @@ struct TokenGroup {
   Basis v_basis;
 };
 
-KV_INLINE const uint16_t* strip_at(const uint8_t* block, const KvSide& side, int B, int head, int offset) {
-  const int64_t values = static_cast<int64_t>(head) * strip_values(side.codec) * B + offset;
-  return reinterpret_cast<const uint16_t*>(block + side.strip_offset) + values;
+// The groups of one tile; `is_uniform`: those there are have the same forms and bases.
+struct KeyTile {
+  TokenGroup groups[TILE / GROUP];
+  bool is_uniform;
+};
+
+// One side of an arena as a task reads it: where its KV head begins in a block, and what a group of it is.
+struct SideView {
+  int64_t codes;
+  int64_t strip;
+  int64_t group_bytes;
+  int64_t low;
+  const KvSide* side;
+  int form;       // with its low plane, if it has one
+  int high_form;  // without
+  Basis basis;
+};
+
+// Finds the groups of one KV head of one sequence.
+struct Finder {
+  const KvCache* cache;
+  const int32_t* table;
+  int per_block;
+  int num_groups;  // of the sequence's context
+  SideView k[2], v[2];  // of the body and the first arena
+};
+
+KV_INLINE SideView view_side(const KvSide& side, int B, int head, bool is_bf16) {
+  const int64_t bytes = static_cast<int64_t>(GROUP / elements_per_word(side.codec)) * side.head_dim * 4;
+  const int64_t first = static_cast<int64_t>(head) * (B / GROUP) * bytes;
+  const int64_t strip = side.strip_offset + static_cast<int64_t>(head) * strip_values(side.codec) * B * 2;
+  const bool is_dot = has_bf16_products && is_bf16 && side.codec == KV_BF16;
+  return {side.codes_offset + first, strip, bytes, first, &side,
+          is_dot ? BF16_DOT : form_of(side.codec, true), is_dot ? BF16_DOT : form_of(side.codec, false),
+          is_rotated(side.codec) ? ROTATED : PLAIN};
 }
 
-// The 16 tokens from key position `key` of a sequence; false if the block table names no such block.
-KV_INLINE bool find_group(const KvCache& cache, const int32_t* table, int head, int key, bool is_bf16,
-                          TokenGroup& group) {
+static void view_task(const KvAttention& a, const Task& task, Finder& finder) {
+  const KvCache& cache = *a.cache;
   const int B = cache.block_size;
-  int64_t id = table[key / B];
-  const KvArena* arena = find_arena(cache, id);
-  if (arena == nullptr) return false;
-  const uint8_t* block = arena->data + id * arena->block_bytes;
-  const int offset = key % B;
-  const int64_t token = static_cast<int64_t>(head) * B + offset;
-  const int ke = elements_per_word(arena->k.codec), ve = elements_per_word(arena->v.codec);
-  group.k = block + arena->k.codes_offset + token / ke * arena->k.head_dim * 4;
-  group.v = block + arena->v.codes_offset + token / ve * arena->v.head_dim * 4;
-  group.k_strip = strip_at(block, arena->k, B, head, offset);
-  group.v_strip = strip_at(block, arena->v, B, head, offset);
-  const uint8_t *k_low = low_plane(arena->k, id), *v_low = low_plane(arena->v, id);
-  group.k_low = k_low == nullptr ? nullptr : k_low + token / ke * arena->k.head_dim * 4;
-  group.v_low = v_low == nullptr ? nullptr : v_low + token / ve * arena->v.head_dim * 4;
-  group.k_form = form_of(arena->k.codec, k_low != nullptr);
-  group.v_form = form_of(arena->v.codec, v_low != nullptr);
-  if (has_bf16_products && is_bf16) {
-    if (group.k_form == KV_BF16) group.k_form = BF16_DOT;
-    if (group.v_form == KV_BF16) group.v_form = BF16_DOT;
+  finder.cache = &cache;
+  finder.table = a.block_table + task.seq * a.table_stride;
+  finder.per_block = B / GROUP;
+  finder.num_groups = (a.context_len[task.seq] + GROUP - 1) / GROUP;
+  const KvArena* arenas[2] = {&cache.body, cache.first.num_blocks > 0 ? &cache.first : &cache.body};
+  for (int i = 0; i < 2; i++) {
+    finder.k[i] = view_side(arenas[i]->k, B, task.kv_head, a.is_bf16);
+    finder.v[i] = view_side(arenas[i]->v, B, task.kv_head, a.is_bf16);
   }
-  group.k_basis = is_rotated(arena->k.codec) ? ROTATED : PLAIN;
-  group.v_basis = is_rotated(arena->v.codec) ? ROTATED : PLAIN;
+}
+
+// One side of the group `index` of block `id`, which lies at `block`. Returns whether it has its low plane.
+KV_INLINE bool find_side(const SideView& view, const uint8_t* block, int64_t id, int index, const uint8_t*& codes,
+                         const uint16_t*& strip, const uint8_t*& low, int& form) {
+  codes = block + view.codes + index * view.group_bytes;
+  strip = reinterpret_cast<const uint16_t*>(block + view.strip) + index * GROUP;
+  low = nullptr;
+  form = view.high_form;
+  if (view.side->low == nullptr) return false;
+  const uint8_t* plane = low_plane(*view.side, id);
+  if (plane == nullptr) return false;
+  low = plane + view.low + index * view.group_bytes;
+  form = view.form;
   return true;
+}
+
+// The groups of the tile that begins at `tile_key`; `k` is null where the block table names no such block or the
+// context has ended.
+KV_INLINE void find_groups(const Finder& finder, int tile_key, KeyTile& tile) {
+  const KvCache& cache = *finder.cache;
+  const int first = tile_key / GROUP, count = min_of(TILE / GROUP, finder.num_groups - first);
+  int block_index = first / finder.per_block, index = first % finder.per_block, kinds = 0;
+  for (int g = 0; g < TILE / GROUP; g++) tile.groups[g].k = nullptr;
+  for (int g = 0; g < count; g++, index++) {
+    TokenGroup& group = tile.groups[g];
+    if (index == finder.per_block) index = 0, block_index++;
+    int64_t id = finder.table[block_index];
+    const KvArena* arena = find_arena(cache, id);
+    if (arena == nullptr) continue;
+    const int which = arena == &cache.body ? 0 : 1;
+    const uint8_t* block = arena->data + id * arena->block_bytes;
+    const bool k_low = find_side(finder.k[which], block, id, index, group.k, group.k_strip, group.k_low, group.k_form);
+    const bool v_low = find_side(finder.v[which], block, id, index, group.v, group.v_strip, group.v_low, group.v_form);
+    group.k_basis = finder.k[which].basis;
+    group.v_basis = finder.v[which].basis;
+    kinds |= 1 << (which * 4 + k_low * 2 + v_low);
+  }
+  tile.is_uniform = (kinds & (kinds - 1)) == 0;
 }
 
 // ---- scores ---------------------------------------------------------------------------------------------

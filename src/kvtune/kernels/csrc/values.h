@@ -74,16 +74,36 @@ KV_INLINE void add_values_vnni(const TokenGroup* groups, int at, int count, int 
     }
 }
 
-// work.weights of `count` groups -> bytes and their sum; step[r] = 0 where all weights are 0, NaN where one
-// is not finite.
-KV_INLINE void quantise_weights(int rows, int at, int count, Work& work, int32_t* sums, float* step) {
+// work.weights of N groups, times V's steps, -> bytes and their sum; step[r] = 0 where all weights are 0, NaN where
+// one is not finite. Adds weight x base, which every dim gets, to `shift_lanes`. `keep`: dims that fill no vector
+// will want the product in float too.
+template <int CODEC, int N>
+static void quantise_weights(const TokenGroup* groups, int rows, int B, bool keep, Work& work, int at,
+                             float* shift_lanes, int32_t* sums, float* step) {
+  static_assert(TILE == 4 * GROUP);
+  VF scale[N], base[N];
+  for (int n = 0; n < N; n++) {
+    const VF stored = load_halves(groups[at + n].v_strip);
+    scale[n] = step_of<CODEC>(stored);
+    if constexpr (has_base(CODEC)) base[n] = base_of<CODEC>(stored, load_halves(groups[at + n].v_strip + B));
+  }
   for (int r = 0; r < rows; r++) {
-    const float* w = work.weights + r * TILE;
+    float* w = work.weights + r * TILE + at * GROUP;
+    VF x[N], shift{};
     VI largest{};  // weights are not negative: their bits order as integers, NaN above all
-    for (int c = at * GROUP; c < (at + count) * GROUP; c += WIDTH) {
-      const VI x = load<VI>(w + c) & 0x7fffffff;
-      largest = (x & (x > largest)) | (largest & (x <= largest));
+    for (int n = 0; n < N; n++) {
+      const VF weight = load<VF>(w + n * GROUP);
+      const VI counts = weight != 0.0f;  // strips past the context hold anything: a weight of 0 stays 0
+      x[n] = select(counts, weight * scale[n], VF{});
+      if constexpr (has_base(CODEC)) shift += select(counts, weight * base[n], VF{});
+      largest = (VI)_mm512_max_epi32((__m512i)largest, (__m512i)((VI)x[n] & 0x7fffffff));
     }
+    if constexpr (has_base(CODEC)) {
+      float* lanes = shift_lanes + r * GROUP;
+      store(lanes, load<VF>(lanes) + shift);
+    }
+    if (keep)
+      for (int n = 0; n < N; n++) store(w + n * GROUP, x[n]);
     const int32_t bits = _mm512_reduce_max_epi32((__m512i)largest);
     float top;
     __builtin_memcpy(&top, &bits, 4);
@@ -91,12 +111,12 @@ KV_INLINE void quantise_weights(int rows, int at, int count, Work& work, int32_t
     const float inverse = finite && top > 0.0f ? 32512.0f / top : 0.0f;
     step[r] = finite ? top * (1.0f / 32512.0f) : __builtin_nanf("");
     VI sum{};
-    for (int c = at * GROUP; c < (at + count) * GROUP; c += WIDTH) {
-      const VI x = (VI)_mm512_cvtps_epi32((__m512)(load<VF>(w + c) * inverse));
-      const VI high = (x + 128) >> 8;
-      sum += x;
-      _mm_storeu_si128((__m128i*)(work.w_high + r * TILE + c), _mm512_cvtepi32_epi8((__m512i)high));
-      _mm_storeu_si128((__m128i*)(work.w_low + r * TILE + c), _mm512_cvtepi32_epi8((__m512i)x));
+    for (int n = 0; n < N; n++) {
+      const VI fixed = (VI)_mm512_cvtps_epi32((__m512)(x[n] * inverse)), high = (fixed + 128) >> 8;
+      const int column = r * TILE + (at + n) * GROUP;
+      sum += fixed;
+      _mm_storeu_si128((__m128i*)(work.w_high + column), _mm512_cvtepi32_epi8((__m512i)high));
+      _mm_storeu_si128((__m128i*)(work.w_low + column), _mm512_cvtepi32_epi8((__m512i)fixed));
     }
     sums[r] = horizontal_sum(sum);
   }
@@ -164,7 +184,8 @@ template <int CODEC, int R>
 static void value_groups(const TokenGroup* groups, int at, int count, int B, int dim, Work& work, float* shift_lanes,
                          float* out) {
   constexpr int E = Elements<CODEC>::count, NV = units_at_once(CODEC, R);
-  if constexpr (has_scale(CODEC)) scale_weights<CODEC, R>(groups, at, count, B, work, shift_lanes);
+  if constexpr (has_scale(CODEC) && !(has_byte_products && is_integer(CODEC)))
+    scale_weights<CODEC, R>(groups, at, count, B, work, shift_lanes);
   int d = 0;
 #ifdef KV_BF16_DOT
   if constexpr (base_form(CODEC) == BF16_DOT) {
@@ -178,7 +199,13 @@ static void value_groups(const TokenGroup* groups, int at, int count, int B, int
   if constexpr (is_integer(CODEC)) {
     int32_t sums[R];
     float step[R];
-    quantise_weights(R, at, count, work, sums, step);
+    const bool keep = dim % WIDTH != 0;
+    switch (count) {
+      case 1: quantise_weights<CODEC, 1>(groups, R, B, keep, work, at, shift_lanes, sums, step); break;
+      case 2: quantise_weights<CODEC, 2>(groups, R, B, keep, work, at, shift_lanes, sums, step); break;
+      case 3: quantise_weights<CODEC, 3>(groups, R, B, keep, work, at, shift_lanes, sums, step); break;
+      default: quantise_weights<CODEC, 4>(groups, R, B, keep, work, at, shift_lanes, sums, step);
+    }
     for (; d + NV * WIDTH <= dim; d += NV * WIDTH)
       add_values_vnni<CODEC, R, NV>(groups, at, count, d, dim, work, sums, step, out);
     for (; d + WIDTH <= dim; d += WIDTH)
