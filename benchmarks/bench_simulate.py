@@ -175,6 +175,7 @@ def run_engine(
 
         engine.step = timed  # type: ignore[method-assign]
         report = running.load(requests)
+        timer.flush()
         steps.shapes += timer.calibration.shapes
         steps.seconds += timer.calibration.seconds
         return report

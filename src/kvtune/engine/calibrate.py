@@ -21,7 +21,7 @@ from kvtune._version import __version__
 from kvtune.engine.engine import Engine
 from kvtune.host import read_host
 from kvtune.sched.shape import CALIBRATION_VERSION, SHAPE_COLUMNS, ReadGeometry
-from kvtune.types import SamplingParams, SchedulerOutput
+from kvtune.types import SamplingParams, ScheduledChunk, SchedulerOutput
 
 __all__ = ["Calibration", "StepTimer", "calibrate"]
 
@@ -64,7 +64,10 @@ class Calibration:
 
 
 class StepTimer:
-    """Steps an engine and keeps each step's shape and time; one at a time per engine."""
+    """Steps an engine and keeps each step's shape and time; one at a time per engine.
+
+    Shapes are worked out by `flush`, not between the steps of a run that is timed as a whole.
+    """
 
     def __init__(self, engine: Engine, *, clock: Callable[[], float] = time.perf_counter) -> None:
         self.calibration = Calibration(facts=_facts(engine))
@@ -72,6 +75,7 @@ class StepTimer:
         self._clock = clock
         self._geometry = ReadGeometry.of(engine.arena_plan.groups, engine.cache_config)
         self._decided: SchedulerOutput | None = None
+        self._chunks: list[tuple[ScheduledChunk, ...]] = []
         engine.on_step = self._keep
 
     def _keep(self, output: SchedulerOutput) -> None:
@@ -86,8 +90,13 @@ class StepTimer:
         """The engine made a step (whoever called it) in this time."""
         decided, self._decided = self._decided, None
         if decided is not None:
-            self.calibration.shapes.append(self._geometry.row(decided.chunks))
+            self._chunks.append(decided.chunks)
             self.calibration.seconds.append(seconds)
+
+    def flush(self) -> None:
+        """Bring `calibration.shapes` up to its `seconds`."""
+        self.calibration.shapes += [self._geometry.row(chunks) for chunks in self._chunks]
+        self._chunks.clear()
 
     def submit(self, request_id: str, prompt: list[int], params: SamplingParams) -> None:
         start = self._clock()
@@ -174,6 +183,7 @@ class _Load:
                 self._live.append(self._send(mix))
             self._timer.step()
             self._live = [request_id for request_id in self._live if engine.is_unfinished(request_id)]
+        self._timer.flush()
 
     def end(self) -> None:
         """End all requests."""
