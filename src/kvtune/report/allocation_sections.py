@@ -29,7 +29,7 @@ SIDES = {"k": "keys", "v": "values"}
 SIDE_HEADERS = ("Layer", "Keys", "Keys: bytes/token", "Keys: KL added alone", "Values",
                 "Values: bytes/token", "Values: KL added alone")  # fmt: skip
 HARM_HEADERS = ("Layers", "Side", "Stored as", "KL added alone, nats/token", "Measured by")
-TABLE_HEADERS = ("Codecs", "Budget, bytes/token", "Bytes/token", "KL predicted", "KL of the whole",
+TABLE_HEADERS = ("Layers apart", "Budget, bytes/token", "Bytes/token", "KL predicted", "KL of the whole",
                  "KL, upper bound", "Gate", "Sides raised")  # fmt: skip
 METHODS = {"planes": "reading the high plane", "replay": "one replay each"}
 
@@ -158,7 +158,10 @@ def _harms(root: Place) -> Table:
 def _tables(root: Place) -> Table:
     rows = tuple(
         (
-            Cell(_differing(place.at("config").value), pointer=place.at("config").pointer),
+            Cell(
+                _differing(place.at("config").value, root.at("anchor").value),
+                pointer=place.at("config").pointer,
+            ),
             placed(place.at("budget_bytes_per_token"), "bytes"),
             placed(place.at("bytes_per_token"), "bytes", test_id=f"layers.tables.{index}.bytes"),
             placed(place.at("predicted_kl")),
@@ -173,10 +176,13 @@ def _tables(root: Place) -> Table:
     return Table(caption + "prediction, the replay of the whole is what counts", TABLE_HEADERS, rows)
 
 
-def _differing(config: Any) -> str:
+def _differing(config: Any, anchor: Any) -> str:
+    """The layers that have codecs of their own; those of the others where they are not the anchor's."""
     fields = as_mapping(config)
     try:
         table = format_layer_codecs(as_mapping(fields.get("layer_codecs")))
     except (TypeError, ValueError):
         table = show(fields.get("layer_codecs"))
-    return f"{_pair(config)}; {table}" if table else _pair(config)
+    if not table or _pair(config) != _pair(anchor):
+        return f"{_pair(config)}; {table}".removesuffix("; ")
+    return table
