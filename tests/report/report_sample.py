@@ -306,6 +306,7 @@ def sample_result() -> dict[str, Any]:
             "num_rejected": 5,
             "is_synthetic_text": False,
             "prompts_sha256": "ef" * 32,
+            "notes": [f"11 of 743 requests rejected {HOSTILE}", "seed 0"],
             "cases": {
                 "easy": {"num_requests": 120, "num_rejected": 0},
                 "average": {"num_requests": 150, "num_rejected": 0},
@@ -323,5 +324,5 @@ def sample_result() -> dict[str, Any]:
         },
         "limits": ["context up to 4096 tokens", HOSTILE],
         "voided_by": ["another model revision", "another engine version"],
-        "fallback": {"trigger": "shadow check fails", "configuration": {"k_codec": "bf16"}},
+        "fallback": {"trigger": "shadow check fails", "configuration": config("bf16", "bf16")},
     }

@@ -255,13 +255,14 @@ def _cases(workload: Workload, tokens: Materialised) -> dict[str, dict[str, int]
 
 
 def _reader(model: Path) -> Callable[[Sequence[int]], str] | None:
-    """Token ids to text, special tokens left out; None without a tokenizer."""
+    """Token ids to text with the marks of turns and ends, which tell whose words they are; None without a
+    tokenizer."""
     from kvtune.adapters.prompt_encoder import load_tokenizer
 
     tokenizer = load_tokenizer(model)
     if tokenizer is None:
         return None
-    return lambda token_ids: str(tokenizer.decode(list(token_ids), skip_special_tokens=True))
+    return lambda token_ids: str(tokenizer.decode(list(token_ids), skip_special_tokens=False))
 
 
 def _emitted(recipe: Recipe, path: Path) -> dict[str, Any]:

@@ -150,7 +150,14 @@ def _all_facts(place: Place, left_out: frozenset[str]) -> Block:
         text = show(place.value) if place.value and not as_mapping(place.value) else record.NOT_RECORDED
         return Paragraph(text, "muted")
     name = place.pointer.strip("/").replace("/", ".")
-    return Facts(tuple((path, placed(leaf, unit_of(path), test_id=f"{name}.{path}")) for path, leaf in items))
+    return Facts(tuple((path, _leaf_cell(leaf, path, f"{name}.{path}")) for path, leaf in items))
+
+
+def _leaf_cell(leaf: Place, path: str, test_id: str) -> Cell:
+    items = as_sequence(leaf.value)
+    if items and all(isinstance(item, str) for item in items):
+        return Cell("; ".join(items), test_id=test_id, pointer=leaf.pointer)
+    return placed(leaf, unit_of(path), test_id=test_id)
 
 
 def _leaves(place: Place, path: str, left_out: frozenset[str]) -> list[tuple[str, Place]]:

@@ -28,8 +28,8 @@ def memory_section(result: Mapping[str, Any]) -> Section:
         )
     intro = (
         "The same requests served together, sharing nothing: what the planner predicts from their lengths "
-        "alone, and what the engine's storage holds. The whole process counts the model and Python, too; "
-        "it grows only where blocks are first written, and the winner was measured after the baseline."
+        "alone, and what the engine's storage holds. The whole process counts the model, Python and what its "
+        "allocator keeps, too; the winner was measured after the baseline, in the same process."
     )  # fmt: skip
     blocks: list[Block] = [Paragraph(intro), *shown]
     return Section(title, tuple(blocks))

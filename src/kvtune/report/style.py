@@ -52,7 +52,7 @@ del,ins{text-decoration-thickness:2px;border-radius:3px;padding:0 1px}
 del{background:var(--del);text-decoration:line-through}ins{background:var(--ins);text-decoration:underline}
 .facts div{display:grid;grid-template-columns:minmax(150px,260px) 1fr;gap:2px 18px;padding:5px 0;
 border-bottom:1px solid var(--line)}
-.facts dt{color:var(--soft)}
+.facts dt{color:var(--soft);overflow-wrap:anywhere;min-width:0}
 .scroll{overflow-x:auto;margin:14px 0}
 table{border-collapse:collapse;width:100%;font-size:14px;font-variant-numeric:tabular-nums}
 .caption{color:var(--soft);margin:18px 0 -8px;font-size:13px;max-width:none}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -83,13 +84,20 @@ def _strata(strata: Place) -> list[Block]:
             Cell(f"{STRATUM_NAMES.get(name, name)}: {show(place.at('value').value)}", pointer=place.pointer),
             *(placed(place.at(key)) for key in ("num_requests", "kl", "flips", "delta_nll")),
         )
-        for place in strata.elements()
+        for place in sorted(strata.elements(), key=_stratum_order)
         if (name := show(place.at("stratum").value)) != "case"
     )
     if not rows:
         return [] if strata.value else [Paragraph(f"By stratum: {record.NOT_RECORDED}", "muted")]
     headers = ("Stratum", "Replayed", "Mean KL", "Top-1 flips", "Delta NLL")
     return [Table("By stratum of the traffic: raw means", headers, rows)]
+
+
+def _stratum_order(place: Place) -> tuple[str, int, str]:
+    """By name, then by the number that a range of lengths begins with."""
+    value = show(place.at("value").value)
+    digits = re.match(r"\d+", value)
+    return show(place.at("stratum").value), int(digits[0]) if digits else 0, value
 
 
 def _rejected(result: Mapping[str, Any]) -> list[Block]:
@@ -122,7 +130,8 @@ def texts_section(result: Mapping[str, Any]) -> Section:
             f"{show(root.at('num_changed').value)} of them differ somewhere. One changed token sends the "
             "rest of an answer another way, so a different text is not a worse one; the numbers above are "
             "measured on the baseline's own tokens. The most damaged first, then the worst of each case. "
-            "This page holds texts of your requests: share it accordingly, or redraw it with "
+            "Answers run on past their end mark: what follows is scored, too. This page holds texts of your "
+            "requests: share it accordingly, or redraw it with "
             "kvtune report --redact."
         ),
         *_json_validity(root.at("json")),
