@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from kvtune import SamplingParams
+from kvtune import CacheConfig, SamplingParams
 from kvtune.engine import reading_planes
 from kvtune.errors import UsageError
+from kvtune.target import ScoreItem
 from kvtune.tiers import HostArena
 from kvtune.types import FinishReason, MissCause
 
@@ -257,6 +261,87 @@ def test_relief_in_the_middle_of_a_prefill_and_abort_in_the_middle_of_a_squeeze(
         engine.step()
     assert engine._manager.precision.is_nominal  # idle blocks too have their planes again
     assert engine.memory().arena_used_bytes == 0
+
+
+@pytest.mark.parametrize("first_block_16bit", [False, True])
+def test_windows_and_16_bit_first_blocks_are_squeezed_and_come_back(gemma2, make_engine, first_block_16bit):
+    """Two groups with a purse each; one of them lets planes of blocks go that leave its window soon."""
+
+    def run(squeeze):
+        cache = squeezable(gemma2, kv_budget="1600KiB", first_block_16bit=first_block_16bit)
+        engine = make_engine(gemma2, cache=cache, config=EXACT)
+        outputs = start_many(engine, 6, length=90, max_tokens=30)
+        if squeeze:
+            plan, usage = engine.arena_plan, engine.stats().blocks
+            used = sum(u.body.referenced * size for u, size in zip(usage, plan.block_bytes, strict=True))
+            engine.set_kv_budget(plan.first_bytes + used * 4 // 5)
+            drain(engine, outputs)
+            assert engine.stats().cache.dropped_planes > 0
+            engine.set_kv_budget("1600KiB")
+        drain(engine, outputs)
+        for i in range(6):
+            engine.add_request(f"again{i}", prompt(i, 90) + prompt(50 + i, 9), params())
+        drain(engine, outputs)
+        return [answer(outputs[f"again{i}"]) for i in range(6)]
+
+    assert run(squeeze=True) == run(squeeze=False)
+
+
+def test_scoring_in_the_middle_of_a_squeeze_is_at_full_precision_and_leaves_planes_alone(llama, make_engine):
+    items = [ScoreItem(item_id="a", prompt_token_ids=tuple(prompt(7, 20)), continuation=tuple(prompt(8, 20)))]
+    expected = make_engine(llama, cache=squeezable(llama)).score(items, num_top=8)
+    engine = make_engine(llama, cache=squeezable(llama))
+    outputs = start_many(engine, 6)
+    engine.set_kv_budget(engine.memory().referenced_bytes * 2 // 3)
+    engine.step()
+    for _ in range(3):
+        resting = engine.memory().arena_used_bytes
+        try:
+            found = engine.score(items, num_top=8)
+        except UsageError:  # no room for it now; as without planes
+            found = expected
+        assert np.array_equal(found[0].logprobs, expected[0].logprobs)
+        assert engine.memory().arena_used_bytes == resting > 0
+        engine._manager.check()
+        for output in engine.step():
+            outputs[output.request_id] = output
+    drain(engine, outputs)
+    assert len(outputs) == 6
+
+
+def test_requests_of_higher_priority_keep_their_precision(llama, make_engine):
+    engine = make_engine(llama, cache=squeezable(llama), scheduler={"watermark": 0.0, "reserved": 0.0})
+    for i in range(6):
+        engine.add_request(f"r{i}", prompt(i), params(), priority=int(i == 3))
+    outputs = {output.request_id: output for _ in range(6) for output in engine.step()}
+    engine.set_kv_budget(engine.memory().referenced_bytes * 3 // 4)
+    drain(engine, outputs)
+    assert outputs["r3"].num_lowered_tokens == 0
+    assert sum(o.num_lowered_tokens > 0 for o in outputs.values()) > 0
+
+
+def test_the_setting_travels_through_json(llama):
+    config = CacheConfig(**squeezable(llama, squeeze_planes={1: (2, 1), 0: (1, 1)}))
+    found = CacheConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert found == config
+    assert (found.droppable_sides(0), found.droppable_sides(1)) == (("k", "v"), ("v",))
+    with pytest.raises(UsageError, match="squeeze_planes must map a layer index"):
+        CacheConfig.from_dict({"squeeze_planes": {"first": [1, 1]}})
+
+
+def test_a_lowered_budget_gives_pages_back_to_the_machine(llama, make_engine):
+    engine = make_engine(llama, cache=squeezable(llama, kv_budget="8MiB", plane_arena=None))
+    for i in range(60):
+        engine.add_request(f"r{i}", prompt(i, 400), params(4))
+    drain(engine)
+    assert engine.memory().resident_bytes > 6 << 20
+    before = resident_bytes()
+    engine.set_kv_budget("1MiB")
+    assert before - resident_bytes() > 4 << 20
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 def test_planes_read_by_hand_and_planes_dropped_under_pressure_do_not_meet(llama, make_engine):
