@@ -208,11 +208,16 @@ def pair(before: str, after: str, kl: float = 0.1) -> AnswerPair:
 
 
 def test_answers_that_stay_json_are_counted() -> None:
-    pairs = [pair('{"a": 1}', '{"a": 2}'), pair('{"a": 1}', '{"a": '), pair("text", "{}"), pair("[1]", "[1]")]
+    pairs = [
+        pair('{"a": 1}', '{"a": 2}'),
+        pair('{"a": 1}', '{"a": '),
+        pair("text", "{}"),
+        pair("[1]", " [1]<|end|>user"),
+    ]
     record = answer_record(pairs, lambda ids: "".join(map(chr, ids)))
     assert record["json"] == {"baseline_valid": 3, "still_valid": 2}
-    assert record["num_changed"] == 3
-    assert [p.first_change for p in pairs] == [6, 6, 0, None]
+    assert record["num_changed"] == 4
+    assert [p.first_change for p in pairs] == [6, 6, 0, 0]
 
 
 def divergence(kl: list[float]) -> TokenDivergence:

@@ -138,15 +138,16 @@ def _sample(pair: AnswerPair, read: Text) -> dict[str, Any]:
 
 
 def _json_validity(pairs: Sequence[AnswerPair], text: Text) -> dict[str, int]:
-    """Answers that are one JSON object or list: of the baseline, and of those the winner's."""
+    """Answers that begin with a whole JSON object or list: of the baseline, and of those the winner's."""
     valid = [pair for pair in pairs if _is_json(text(pair.baseline))]
     kept = sum(_is_json(text(pair.winner)) for pair in valid)
     return {"baseline_valid": len(valid), "still_valid": kept}
 
 
 def _is_json(text: str) -> bool:
+    """What follows the object does not count: answers run on past their end mark."""
     try:
-        return isinstance(json.loads(text), dict | list)
+        return isinstance(json.JSONDecoder().raw_decode(text.lstrip())[0], dict | list)
     except (ValueError, RecursionError):
         return False
 
