@@ -150,6 +150,18 @@ KV_INLINE KeyRange visible_keys(const KvAttention& a, int split, const Band& ban
   return {a.window > 0 ? max_of(low, band.position[0] - a.window + 1) : low, high};
 }
 
+// What `next` will read: its codes while those of `group` are read, its strips, a line or two a side, at once.
+KV_INLINE void look_ahead(TokenGroup& group, const TokenGroup& next, int B) {
+  group.next_k = next.k;
+  group.next_v = next.v;
+  group.next_k_low = next.k_low == nullptr ? next.k : next.k_low;
+  group.next_v_low = next.v_low == nullptr ? next.v : next.v_low;
+  if (has_scale(next.k_form)) __builtin_prefetch(next.k_strip);
+  if (has_base(next.k_form)) __builtin_prefetch(next.k_strip + B);
+  if (has_scale(next.v_form)) __builtin_prefetch(next.v_strip);
+  if (has_base(next.v_form)) __builtin_prefetch(next.v_strip + B);
+}
+
 // One tile for all rows of the task: its groups are unpacked, where it pays, once. `next`: those of the tile after it.
 static int attend_tile(const KvAttention& a, const Task& task, int tile_key, const KeyRange* ranges, KeyTile& tile,
                        const KeyTile& next_tile, Work& work) {
@@ -160,8 +172,7 @@ static int attend_tile(const KvAttention& a, const Task& task, int tile_key, con
   const int stop = (min_of(ranges[bands - 1].high - tile_key, TILE) + GROUP - 1) / GROUP;
   for (int g = at; g < stop; g++) {
     if (groups[g].k == nullptr) return KV_BAD_BLOCK;
-    groups[g].next_k = next[g].k == nullptr ? groups[g].k : next[g].k;
-    groups[g].next_v = next[g].k == nullptr ? groups[g].v : next[g].v;
+    look_ahead(groups[g], next[g].k == nullptr ? groups[g] : next[g], a.cache->block_size);
   }
   const int context_len = a.context_len[task.seq];
   if (tile_key + stop * GROUP > context_len)

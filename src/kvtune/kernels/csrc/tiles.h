@@ -17,8 +17,10 @@ struct TokenGroup {
   const uint16_t* v_strip;
   const uint8_t* next_k;  // the group a tile later: each stored line read fetches its counterpart there
   const uint8_t* next_v;
-  const uint8_t* k_low;  // null without a low plane; not looked ahead
+  const uint8_t* k_low;  // null without a low plane
   const uint8_t* v_low;
+  const uint8_t* next_k_low;  // never null: next_k where there is none
+  const uint8_t* next_v_low;
   int k_form;
   int v_form;
   Basis k_basis;
@@ -187,7 +189,8 @@ KV_INLINE VF joined(VI high, VI low) { return to_float((VI)(((VU)high << 8) + (V
 
 template <int CODEC, int R, int NU>
 KV_INLINE void dot_units_vnni(const uint8_t* const* unit, const uint8_t* const* unit_low,
-                              const uint8_t* const* next, const Query& query, int dim, VF (&out)[NU][R]) {
+                              const uint8_t* const* next, const uint8_t* const* next_low, const Query& query, int dim,
+                              VF (&out)[NU][R]) {
   VI high[R][NU], low[R][NU];
   for (int u = 0; u < NU; u++)
     for (int r = 0; r < R; r++) {
@@ -199,7 +202,10 @@ KV_INLINE void dot_units_vnni(const uint8_t* const* unit, const uint8_t* const* 
     VU word[NU], plane[NU] = {};
     for (int u = 0; u < NU; u++) {
       word[u] = load<VU>(unit[u] + w * 64);
-      if constexpr (CODEC == KV_N8_RH) plane[u] = load<VU>(unit_low[u] + w * 64);
+      if constexpr (CODEC == KV_N8_RH) {
+        plane[u] = load<VU>(unit_low[u] + w * 64);
+        __builtin_prefetch(next_low[u] + w * 64);
+      }
       if constexpr (!is_panel(CODEC)) __builtin_prefetch(next[u] + w * 64);
     }
     for (int part = 0; part < E / 4; part++) {
@@ -250,11 +256,14 @@ template <int CODEC, int R, int NU>
 KV_INLINE void score_units(const TokenGroup* groups, int first, int B, int dim, float scale, const Query& query,
                            float* scores) {
   constexpr int PER_GROUP = GROUP / WIDTH;
-  const uint8_t *unit[NU], *low[NU] = {}, *next[NU];
+  const uint8_t *unit[NU], *low[NU] = {}, *next[NU], *next_low[NU] = {};
   for (int u = 0; u < NU; u++) {
     const int offset = (first + u) % PER_GROUP * WIDTH * 4;
     unit[u] = groups[(first + u) / PER_GROUP].k + offset;
-    if constexpr (CODEC == KV_N8_RH) low[u] = groups[(first + u) / PER_GROUP].k_low + offset;
+    if constexpr (CODEC == KV_N8_RH) {
+      low[u] = groups[(first + u) / PER_GROUP].k_low + offset;
+      next_low[u] = groups[(first + u) / PER_GROUP].next_k_low + offset;
+    }
     next[u] = groups[(first + u) / PER_GROUP].next_k + offset;
   }
   VF acc[NU][R] = {};
@@ -265,7 +274,7 @@ KV_INLINE void score_units(const TokenGroup* groups, int first, int B, int dim, 
 #endif
 #ifdef KV_VNNI
   if constexpr (is_integer(CODEC))
-    dot_units_vnni<CODEC, R, NU>(unit, low, next, query, dim, acc);
+    dot_units_vnni<CODEC, R, NU>(unit, low, next, next_low, query, dim, acc);
   else
 #endif
     dot_units<CODEC, R, NU>(unit, low, next, query.q, dim, acc);

@@ -53,7 +53,11 @@ KV_INLINE void add_values_vnni(const TokenGroup* groups, int at, int count, int 
       VU word[NV], plane[NV] = {};
       for (int n = 0; n < NV; n++) {
         word[n] = load<VU>(base + n * WIDTH * 4);
-        if constexpr (CODEC == KV_N8_RH) plane[n] = load<VU>(groups[g].v_low + (row * dim + d0 + n * WIDTH) * 4);
+        if constexpr (CODEC == KV_N8_RH) {
+          const int at_word = (row * dim + d0 + n * WIDTH) * 4;
+          plane[n] = load<VU>(groups[g].v_low + at_word);
+          __builtin_prefetch(groups[g].next_v_low + at_word);
+        }
         if constexpr (!is_panel(CODEC)) __builtin_prefetch(next + n * WIDTH * 4);
       }
       for (int part = 0; part < E / 4; part++) {
