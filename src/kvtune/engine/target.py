@@ -45,7 +45,7 @@ REFERENCE_CONTEXT = 2048
 _BASELINE_CODEC = "bf16"
 _NESTED, _HIGH = "n8_rh", "n4_rh"
 """The code of two planes, and what its high plane alone holds."""
-_GAUGES = ("requests_", "blocks_", "resident_bytes_")
+_GAUGES = ("requests_", "blocks_", "resident_bytes_", "plane_arena_")
 """Counters whose value at the end is reported; of all others, the growth during the load."""
 
 

@@ -1,4 +1,4 @@
-"""Whom to take precision from, and then blocks, when a running request cannot grow.
+"""Whom to take off their blocks when a running request cannot grow.
 
 Least computed first (the least work is lost: vLLM #54644 measured 24-30 % less recomputation than
 last-in-first-out), but never the head of the running requests, so that somebody always advances,
@@ -9,25 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 
-from kvtune.cache import Precision
 from kvtune.sched.sequence import Sequence
 from kvtune.types import RequestId
 
-__all__ = ["choose_victims", "lowering_order", "victim_order"]
-
-
-def lowering_order(running: Iterable[Sequence], precision: Precision) -> list[Sequence]:
-    """Who loses low planes first: lower priority; then whoever reads below nominal precision already, so that
-    few requests do; then least recently scheduled; then latest."""
-    return sorted(
-        running,
-        key=lambda s: (
-            s.request.priority,
-            not precision.is_private(s.request_id),
-            s.last_step,
-            -s.order,
-        ),
-    )
+__all__ = ["choose_victims", "victim_order"]
 
 
 def victim_order(

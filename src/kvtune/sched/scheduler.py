@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 
-from kvtune.cache import Allocation, KVCacheManager, PrefixMatch
+from kvtune.cache import KVCacheManager, PrefixMatch
 from kvtune.config import SchedulerConfig
 from kvtune.errors import InvariantError, UsageError
 from kvtune.sched.admission import (
@@ -27,8 +27,9 @@ from kvtune.sched.admission import (
     refuse_unservable,
 )
 from kvtune.sched.decode_run import DecodeRun, decode_run, perform
+from kvtune.sched.lowering import Lowering, lowering_order
 from kvtune.sched.peak_admission import OutputLengths, PeakAdmission
-from kvtune.sched.preemption import choose_victims, lowering_order, victim_order
+from kvtune.sched.preemption import choose_victims, victim_order
 from kvtune.sched.queue import WaitingQueue
 from kvtune.sched.records import SchedulerStats, SequenceUpdate
 from kvtune.sched.restores import PlaneRestores
@@ -81,6 +82,7 @@ class Scheduler:
         self._num_submitted = 0
         self._num_steps = 0
         self._counts: Counter[str] = Counter()
+        self._lowering = Lowering(manager)
         self._restores = PlaneRestores(manager)
         self._peak = PeakAdmission(manager, max_model_len=max_model_len, lengths=lengths)
 
@@ -165,7 +167,7 @@ class Scheduler:
         precision, step = self._manager.precision, StepPlan(budget=0)
         precision.set_budgets(budgets)
         precision.shed_idle()
-        precision.lower_overspent([s.request_id for s in lowering_order(self._running, precision)])
+        precision.lower_overspent(lowering_order(self._running, precision))
         leaving = victim_order(
             self._running, head=None, priority=None, max_preemptions=self._config.max_preemptions,
             leaders=self._leaders(),
@@ -250,7 +252,7 @@ class Scheduler:
         allocation = self._manager.allocate(
             sequence.request_id, sequence.num_computed_tokens + num_tokens, reserve=reserve
         )
-        if allocation is None and self._lower_for(sequence, num_tokens, reserve):
+        if allocation is None and self._lowering.grow(sequence, num_tokens, self._running, reserve):
             allocation = self._manager.allocate(
                 sequence.request_id, sequence.num_computed_tokens + num_tokens, reserve=reserve
             )
@@ -258,22 +260,6 @@ class Scheduler:
             return False
         step.add(sequence, num_tokens, allocation.copies)
         return True
-
-    def _lower_for(self, sequence: Sequence, num_tokens: int, reserve: float) -> bool:
-        """Before anybody is preempted: drop planes of requests at or below the sequence's priority."""
-        precision = self._manager.precision
-        if not precision.can_lower:
-            return False
-        return precision.lower_for_growth(
-            sequence.request_id,
-            sequence.num_computed_tokens + num_tokens,
-            reserve=reserve,
-            request_ids=self._lowering(sequence),
-        )
-
-    def _lowering(self, sequence: Sequence) -> list[RequestId]:
-        allowed = [s for s in self._running if s.request.priority <= sequence.request.priority]
-        return [s.request_id for s in lowering_order(allowed, self._manager.precision)]
 
     def _preempt(self, step: StepPlan, sequence: Sequence) -> None:
         step.drop(sequence)
@@ -326,7 +312,7 @@ class Scheduler:
             )
             if allocation is not None:
                 break
-            lowered = self._allocate_lowered(sequence, num_tokens, reserve)
+            lowered = self._lowering.admit(sequence, num_tokens, self._running, reserve, self._match)
             if lowered is not None:
                 match, allocation = lowered
                 break
@@ -347,34 +333,6 @@ class Scheduler:
         if num_tokens:
             step.add(sequence, num_tokens, allocation.copies)
         return True
-
-    def _allocate_lowered(
-        self, sequence: Sequence, num_tokens: int, reserve: float
-    ) -> tuple[PrefixMatch, Allocation] | None:
-        """Room at the expense of precision: planes of running requests, and matched ones that rest."""
-        precision = self._manager.precision
-        if not precision.can_lower:
-            return None
-        match = self._match(sequence)
-        is_possible = precision.lower_for_admission(
-            match,
-            match.num_tokens + num_tokens,
-            gate_tokens=sequence.num_tokens,
-            reserve=reserve,
-            request_ids=self._lowering(sequence),
-        )
-        if not is_possible:
-            return None
-        match = self._match(sequence)
-        allocation = self._manager.allocate(
-            sequence.request_id,
-            match.num_tokens + num_tokens,
-            match=match,
-            reserve=reserve,
-            gate_tokens=sequence.num_tokens,
-            lowered=True,
-        )
-        return None if allocation is None else (match, allocation)
 
     def _peak_allows(self, sequence: Sequence, match: PrefixMatch) -> bool:
         if self._config.admission != "peak":
