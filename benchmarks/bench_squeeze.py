@@ -1,14 +1,14 @@
 """Half of the KV budget goes away during a run: preempting against reversible precision.
 
-    python benchmarks/bench_squeeze.py [--margin balanced] [--load 0.6] [--repetitions 5] [--json OUT]
+    python benchmarks/bench_squeeze.py [--margin balanced] [--load 0.65] [--repetitions 5] [--json OUT]
 
 Both arms serve the same generated chats from the bundled model with keys and values in `n8_rh`, at the same
 arrivals; only one may drop low planes, and only of layers and sides whose 4-bit reading, all of it at once,
 passed the gate's replay on other chats. The SLO is fixed before: twice the p95 TTFT and TPOT of requests
-that run alone. `load` is the share of the full budget that the requests in flight fill at their longest; the
-budget is halved after a quarter of the requests have come and given back after three quarters. Goodput:
-requests within the SLO per second of the whole run. Seconds are those of this process's CPU (one thread)
-unless `--clock wall`.
+that run alone. `load` is the share of the full budget that requests under way hold on average, shared
+prefixes once, as measured in a closed loop (arrivals that leave gaps hold less); the budget is halved after a
+quarter of the requests have come and given back after three quarters. Goodput: requests within the SLO per
+second of the whole run. Seconds are those of this process's CPU (one thread) unless `--clock wall`.
 
 Bits are checked apart, in float32 with padded rows: blocks written before the squeeze, and answers of
 requests admitted after it, against an engine that saw none.
@@ -204,11 +204,14 @@ def alone(engine: Engine, requests: Sequence[TokenRequest], args: argparse.Names
     return Slo(2 * a, 2 * b, a, b)
 
 
-def time_at(engine: Engine, requests: Sequence[TokenRequest], count: int, args: argparse.Namespace) -> float:
-    """Mean seconds a request takes while `count` others like it run: turns a load into an arrival rate."""
+def closed_loop(
+    engine: Engine, requests: Sequence[TokenRequest], count: int, args: argparse.Namespace
+) -> tuple[float, float]:
+    """Mean seconds a request takes while `count` of them run, and mean bytes they hold together, shared
+    prefixes once: from these follow the arrival rate and the budget of a load."""
     engine.reset_prefix_cache()
-    left = list(requests[: 3 * count])
-    live, seconds = 0, []
+    left = list(requests[: 4 * count])
+    live, seconds, held = 0, list[float](), list[int]()
     while left or engine.has_unfinished:
         while left and live < count:
             request = left.pop()
@@ -217,7 +220,9 @@ def time_at(engine: Engine, requests: Sequence[TokenRequest], count: int, args: 
         for output in engine.step(finished_only=True):
             live -= 1
             seconds.append(output.metrics.e2e_s or 0.0)
-    return statistics.mean(seconds)
+        if left and live == count:
+            held.append(engine.memory().referenced_bytes)
+    return statistics.mean(seconds), statistics.mean(held)
 
 
 def arrivals(count: int, interval_s: float, seed: int) -> list[float]:
@@ -263,7 +268,8 @@ def serve(
     held = {name for name, o in outputs.items() if within(o, slo)}
     squeezed = {str(i) for i in range(first, last)}
     return Run(
-        goodput=len(held) / duration, held=len(held), finished=len(outputs), num_requests=len(requests),
+        goodput=float(len(held) / duration), held=len(held), finished=len(outputs),
+        num_requests=len(requests),
         squeezed_held=len(held & squeezed), squeezed=len(squeezed), duration_s=duration,
         ttft_p95_s=float(np.quantile([o.metrics.ttft_s or np.inf for o in outputs.values()], 0.95)),
         tpot_p95_s=float(np.quantile([o.metrics.tpot_s or 0.0 for o in outputs.values()], 0.95)),
@@ -363,23 +369,23 @@ def needed_bytes(loaded: LoadedModel, request: TokenRequest, output: int) -> int
 def measure(loaded: LoadedModel, args: argparse.Namespace, model: Path, note: Callable[[str], None]):
     span = {"shortest": args.shortest, "longest": args.longest}
     sample = chats(loaded, model, args.samples, seed=args.seed + 1, **span)
-    planes, verdict, table = prove(loaded, args, sample)
+    if args.planes is None:
+        planes, verdict, table = prove(loaded, args, sample)
+    else:
+        planes, verdict, table = {int(k): (v[0], v[1]) for k, v in args.planes.items()}, None, []
     note(f"proven at {args.margin}: {planes or 'nothing'}")
     requests = chats(loaded, model, args.requests, seed=args.seed, **span)
-    mean = statistics.mean(needed_bytes(loaded, r, args.output) for r in requests)
-    budget = int(args.concurrency * mean)
+    with engine_of(loaded, args, kv_budget="256MiB", **NESTED) as engine:
+        engine.generate([list(requests[0].prompt_token_ids)], sampling(args))  # warm
+        slo = alone(engine, requests[: args.unloaded], args)
+        seconds, held = closed_loop(engine, requests, args.in_flight, args)
+    budget, interval = int(held / args.load), seconds / args.in_flight
     cache = {"kv_budget": budget, **NESTED}
     arms: Mapping[str, dict[str, Any]] = {
         "preempting": cache,
         "reversible": {**cache, "squeeze_planes": planes, "plane_arena": args.arena or budget},
     }
-    with engine_of(loaded, args, **cache) as engine:
-        engine.generate([list(requests[0].prompt_token_ids)], sampling(args))  # warm
-        slo = alone(engine, requests[: args.unloaded], args)
-        in_flight = max(1, round(args.load * args.concurrency))
-        seconds = time_at(engine, requests, in_flight, args)
-    interval = seconds / (args.load * args.concurrency)
-    note(f"SLO {asdict(slo)}; a request every {interval:.3f} s, {in_flight} in flight")
+    note(f"SLO {asdict(slo)}; a request every {interval:.3f} s; budget {format_bytes(budget)}")
     runs: dict[str, list[Run]] = {arm: [] for arm in ARMS}
     for repetition in range(args.repetitions):
         order = ARMS if repetition % 2 == 0 else ARMS[::-1]
@@ -449,8 +455,13 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", type=Path, default=None)
     parser.add_argument("--margin", default="balanced", help="near-lossless, balanced or aggressive")
-    parser.add_argument("--load", type=float, default=0.6, help="share of the full budget in flight")
-    parser.add_argument("--concurrency", type=int, default=12, help="requests the full budget holds")
+    parser.add_argument(
+        "--load", type=float, default=0.65, help="share of the full budget in use, on average"
+    )
+    parser.add_argument(
+        "--in-flight", type=int, default=8, help="requests under way at that load, on average"
+    )
+    parser.add_argument("--planes", type=json.loads, default=None, help='skip the proof, e.g. {"3": [2, 1]}')
     parser.add_argument("--requests", type=int, default=96)
     parser.add_argument("--output", type=int, default=256, help="tokens generated by each request")
     parser.add_argument("--shortest", type=int, default=256)

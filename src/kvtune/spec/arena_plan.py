@@ -127,7 +127,7 @@ def plan_arenas(
         first_block_bytes=first,
         block_size=cache.block_size,
         plane_bytes=planes,
-        num_resting=_num_resting(cache.plane_arena_bytes, num_blocks, planes),
+        num_resting=_num_resting(cache.plane_arena_bytes, num_blocks, block, planes),
     )
 
 
@@ -158,15 +158,16 @@ def _plane_bytes(group: KVGroup, cache: CacheConfig) -> int:
 
 
 def _num_resting(
-    arena_bytes: int, num_blocks: tuple[int, ...], plane_bytes: tuple[int, ...]
+    arena_bytes: int, num_blocks: tuple[int, ...], block_bytes: tuple[int, ...], plane_bytes: tuple[int, ...]
 ) -> tuple[int, ...]:
-    """The host arena's places, shared out so that each group can drop the same share of its planes."""
+    """The host arena's places, shared out so that each group can drop the same share of its planes; no more
+    than there can be blocks once all planes are dropped."""
     everything = sum(n * size for n, size in zip(num_blocks, plane_bytes, strict=True))
     if not everything:
         return (0,) * len(num_blocks)
     return tuple(
-        min(n, arena_bytes * n // everything) if size else 0
-        for n, size in zip(num_blocks, plane_bytes, strict=True)
+        min(n * size // (size - plane), arena_bytes * n // everything) if plane else 0
+        for n, size, plane in zip(num_blocks, block_bytes, plane_bytes, strict=True)
     )
 
 
