@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -18,6 +19,7 @@ __all__ = [
     "ElasticMemory",
     "allocate_arenas",
     "cache_manager",
+    "memory_for",
     "packed_layout",
     "plan_arenas",
 ]
@@ -63,8 +65,15 @@ def allocate_arenas(
     `precision` gives out the rows of low planes that may be dropped; their memory and that of their blocks
     comes from `memory`. UsageError where the machine does not give that much memory.
     """
-    try:
+    with memory_for(plan):
         return _allocate(plan, cache, centres or {}, precision, memory or ElasticMemory())
+
+
+@contextmanager
+def memory_for(plan: ArenaPlan) -> Generator[None]:
+    """UsageError for blocks, or their bookkeeping, that this machine has no memory for."""
+    try:
+        yield
     except (RuntimeError, MemoryError, OSError) as error:  # torch says RuntimeError
         raise UsageError(
             f"KV budget {format_bytes(plan.total_bytes)} cannot be allocated on this machine; "

@@ -17,7 +17,14 @@ from transformers import PreTrainedModel
 
 from kvtune.closing import Closing
 from kvtune.config import CacheConfig, EngineConfig, SchedulerConfig, format_bytes, parse_bytes
-from kvtune.engine.arenas import ArenaPlan, ElasticMemory, allocate_arenas, cache_manager, plan_arenas
+from kvtune.engine.arenas import (
+    ArenaPlan,
+    ElasticMemory,
+    allocate_arenas,
+    cache_manager,
+    memory_for,
+    plan_arenas,
+)
 from kvtune.engine.attention import AttentionLayer
 from kvtune.engine.centring import centres_sha256, key_centres
 from kvtune.engine.detokenizer import TokenDecoder
@@ -96,7 +103,8 @@ class Engine(Closing):
         centres = key_centres(loaded, cache, max_model_len=self.max_model_len)
         self.key_centres_sha256 = centres_sha256(centres)
         self.fingerprint = cache_fingerprint(loaded, cache, self.key_centres_sha256)
-        self._manager = cache_manager(self._plan, cache, fingerprint=self.fingerprint)
+        with memory_for(self._plan):
+            self._manager = cache_manager(self._plan, cache, fingerprint=self.fingerprint)
         self._memory = ElasticMemory()
         self._arenas = allocate_arenas(
             self._plan, cache, centres, precision=self._manager.precision, memory=self._memory
