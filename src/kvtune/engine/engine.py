@@ -347,8 +347,9 @@ class Engine(Closing):
     def memory(self) -> MemoryReport:
         """KV bytes from storage, from the block tables of live requests, and as spec predicts them."""
         return memory_report(
-            self._manager, self._plan, self._arenas, self._planes.traffic(), self._kv_budget_bytes
-        )
+            self._manager, self._plan, self._arenas, planes=self._planes.traffic(),
+            budget_bytes=self._kv_budget_bytes,
+        )  # fmt: skip
 
     def configure(self, scheduler: SchedulerConfig) -> None:
         """Change the scheduler's settings between steps; all of them are hot."""

@@ -113,8 +113,15 @@ class MemoryReport:
 
 
 def memory_report(
-    manager: KVCacheManager, plan: ArenaPlan, arenas: Arenas, planes: PlaneTraffic, budget_bytes: int
+    manager: KVCacheManager,
+    plan: ArenaPlan,
+    arenas: Arenas,
+    *,
+    planes: PlaneTraffic | None = None,
+    budget_bytes: int | None = None,
 ) -> MemoryReport:
+    """`planes`: what rests on the host, nothing if None; `budget_bytes`: allowed now, all that was planned
+    if None."""
     usage = manager.usage()
     referenced, predicted, idle = 0, 0, 0
     for group, blocks in zip(plan.groups, _live_blocks(manager, len(plan.groups)), strict=True):
@@ -137,10 +144,10 @@ def memory_report(
         referenced_bytes=referenced,
         predicted_referenced_bytes=predicted,
         idle_bytes=idle,
-        budget_bytes=budget_bytes,
+        budget_bytes=plan.total_bytes if budget_bytes is None else budget_bytes,
         reserved_bytes=reserved,
-        arena_used_bytes=planes.resting_bytes,
-        arena_bytes=planes.arena_bytes,
+        arena_used_bytes=planes.resting_bytes if planes else 0,
+        arena_bytes=planes.arena_bytes if planes else 0,
     )
 
 
