@@ -1,6 +1,6 @@
 """How close the simulator comes to the engine, and how fast it is.
 
-    python benchmarks/bench_simulate.py --json OUT [--only chat] [--clock cpu]
+    python benchmarks/bench_simulate.py --json OUT [--only chat] [--clock cpu|steady]
 
 For chat, long documents and agents: the capacity is measured, then the engine runs five times at 50 % and
 at 80 % of it, beside one simulation of the same requests. Slices of calibration lie between the runs, so that
@@ -14,6 +14,8 @@ where no workload was measured in the same call.
 
 Results are kept in OUT after every workload; a later call measures only what is missing or named by --only.
 `--clock cpu` counts this process's CPU time instead of wall time: for machines that others use as well.
+`--clock steady` counts wall time at the machine's speed of the moment, which a probe between steps tells: for
+machines whose neighbours come and go, and slow runs and calibration by turns.
 """
 
 from __future__ import annotations
@@ -24,10 +26,11 @@ import os
 import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -63,8 +66,16 @@ QUANTILES = (50, 95)
 LOADS = (0.5, 0.8)
 
 
-class Clock:
-    """Seconds for the engine: wall time, or CPU time in which sleeping only moves the hand."""
+class Clock(Protocol):
+    """Seconds for the engine, and the sleep that goes with them."""
+
+    def __call__(self) -> float: ...
+
+    def sleep(self, seconds: float) -> None: ...
+
+
+class PlainClock:
+    """Wall time, or CPU time in which sleeping only moves the hand."""
 
     def __init__(self, kind: str) -> None:
         self._read = time.process_time if kind == "cpu" else time.monotonic
@@ -79,6 +90,56 @@ class Clock:
             time.sleep(seconds)
         else:
             self._slept += seconds
+
+
+class SteadyClock:
+    """Wall time in which a slower machine makes time pass slower; sleeping only moves the hand.
+
+    Every `EVERY_S` a reading first times a probe of small matrix products, as a step of the model has. The
+    probe's own time does not count; the median of the last nine says how fast time passes, against the
+    median of the first ones.
+    """
+
+    EVERY_S = 0.02
+    FIRST, LAST = 50, 9
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self._rows = torch.randn(16, 320, generator=generator).bfloat16()
+        self._matrix = torch.randn(1024, 320, generator=generator).bfloat16()
+        for _ in range(20):
+            self._probe()  # warm up
+        self._standard = statistics.median(self._probe() for _ in range(self.FIRST))
+        self._recent: deque[float] = deque(maxlen=self.LAST)
+        self._time, self._speed = 0.0, 1.0
+        self._read = self._probed = time.perf_counter()
+        self.speeds: list[float] = []
+
+    def __call__(self) -> float:
+        now = time.perf_counter()
+        self._time += (now - self._read) * self._speed
+        if now - self._probed > self.EVERY_S:
+            self._recent.append(self._probe())
+            self._speed = self._standard / statistics.median(self._recent)
+            self.speeds.append(self._speed)
+            now = self._probed = time.perf_counter()
+        self._read = now
+        return self._time
+
+    def sleep(self, seconds: float) -> None:
+        self._time += seconds
+
+    def _probe(self) -> float:
+        start = time.perf_counter()
+        with torch.inference_mode():
+            rows = self._rows
+            for _ in range(12):
+                torch.nn.functional.linear(rows, self._matrix)
+        return time.perf_counter() - start
+
+
+def clock_of(kind: str) -> Clock:
+    return SteadyClock() if kind == "steady" else PlainClock(kind)
 
 
 # -- workloads: requests without arrival times
@@ -226,7 +287,7 @@ def measure(
     loaded: LoadedModel, name: str, args: argparse.Namespace
 ) -> tuple[dict[str, Any], FittedCost, dict[str, Any]]:
     """Everything about one workload, the cost model fitted meanwhile, and the measured steps themselves."""
-    clock = Clock(args.clock)
+    clock = clock_of(args.clock)
     plans, capacity = plan(loaded, name, clock, args)
     runs: dict[float, list[LoadReport]] = {load: [] for load in LOADS}
     slices, served = Calibration(), Calibration()
@@ -251,6 +312,10 @@ def measure(
             str(load): fidelity(loaded, load * capacity, plans[load], runs[load], cost) for load in LOADS
         },
     }
+    if isinstance(clock, SteadyClock):
+        found["machine_speed"] = dict(
+            zip(("p5", "p50", "p95"), np.percentile(clock.speeds, [5, 50, 95]).tolist(), strict=True)
+        )
     return found, cost, {"calibration": slices.to_dict(), "served": served.to_dict()}
 
 
@@ -410,7 +475,7 @@ def main() -> int:
     parser.add_argument(
         "--trace", type=Path, help="trace whose first 10,000 requests are simulated for speed"
     )
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument("--clock", choices=["wall", "cpu", "steady"], default="wall")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument(
         "--run-s", type=float, default=18.0, help="about how long a run at the lower rate takes"
