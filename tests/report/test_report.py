@@ -34,6 +34,14 @@ def test_the_decision_comes_first_and_equals_the_record() -> None:
     assert page.index('data-testid="verdict"') < page.index('data-testid="gain.tpot_s.mean"')
 
 
+def test_codecs_of_single_layers_are_told_in_the_decision_by_layer() -> None:
+    result = sample_result()
+    result["winner"]["config"]["layer_codecs"] = {"2": ["int8", "n4_rh"], "3": ["int8", "n4_rh"]}
+    assert ", layers 2-3 int8/n4_rh instead; everything else" in render(result)
+    result["winner"]["config"]["layer_codecs"] = {HOSTILE: 1}
+    assert HOSTILE not in render(result)
+
+
 def test_every_gain_and_metric_equals_the_record() -> None:
     result = sample_result()
     page = render(result)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kvtune.config import format_layer_codecs
 from kvtune.report import record
 from kvtune.report.blocks import (
     Bar,
@@ -21,7 +20,7 @@ from kvtune.report.blocks import (
     placed_figure,
     verdict_cell,
 )
-from kvtune.report.record import Place, as_mapping, figure, find, number, show, show_number
+from kvtune.report.record import Place, as_mapping, figure, find, number, show, show_layers, show_number
 
 __all__ = ["allocation_section"]
 
@@ -179,10 +178,7 @@ def _tables(root: Place) -> Table:
 def _differing(config: Any, anchor: Any) -> str:
     """The layers that have codecs of their own; those of the others where they are not the anchor's."""
     fields = as_mapping(config)
-    try:
-        table = format_layer_codecs(as_mapping(fields.get("layer_codecs")))
-    except (TypeError, ValueError):
-        table = show(fields.get("layer_codecs"))
+    table = show_layers(fields.get("layer_codecs"))
     if not table or _pair(config) != _pair(anchor):
         return f"{_pair(config)}; {table}".removesuffix("; ")
     return table

@@ -20,7 +20,17 @@ from kvtune.report.blocks import (
     placed_figure,
     verdict_cell,
 )
-from kvtune.report.record import Place, as_mapping, figure, find, metric_label, number, show, show_number
+from kvtune.report.record import (
+    Place,
+    as_mapping,
+    figure,
+    find,
+    metric_label,
+    number,
+    show,
+    show_layers,
+    show_number,
+)
 
 __all__ = ["BYTES", "decision_section", "headline", "is_baseline_kept", "is_worse", "report_title"]
 
@@ -96,18 +106,17 @@ def _sentence(result: Mapping[str, Any]) -> str:
 
 
 def _changes(result: Mapping[str, Any]) -> list[str]:
-    """`k_codec from bf16 to int8`, for each setting in which the winner differs."""
-    before, after = (as_mapping(find(result, f"{side}.config")) for side in ("baseline", "winner"))
+    """`k_codec from bf16 to int8`, for each setting in which the winner differs; a table of layers last."""
+    before, after = (dict(as_mapping(find(result, f"{side}.config"))) for side in ("baseline", "winner"))
+    layers = show_layers(after.pop("layer_codecs", {}))
     return [
-        f"{name} from {show(before.get(name))} to {_short(value)}"
-        for name, value in after.items()
-        if value != before.get(name)
+        *(
+            f"{name} from {show(before.get(name))} to {show(value)}"
+            for name, value in after.items()
+            if value != before.get(name)
+        ),
+        *([f"{layers} instead"] if layers else []),
     ]
-
-
-def _short(value: Any) -> str:
-    text = show(value)
-    return text if len(text) <= 60 else f"a table of {len(as_mapping(value))}"
 
 
 def _cards(root: Place) -> Cards:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from kvtune.config import format_layer_codecs
 from kvtune.printable import printable
 
 NOT_RECORDED = "not recorded"
@@ -173,6 +174,14 @@ def tick_text(value: float, unit: str = "") -> str:
         return f"{scaled:,.10f}".rstrip("0").rstrip(".") + name
     digits, _, power = f"{scaled:.3e}".partition("e")
     return f"{digits.rstrip('0').rstrip('.')}e{int(power)}{name}"
+
+
+def show_layers(table: Any) -> str:
+    """A recipe's `layer_codecs` as `layers 2-3 int8/n4_rh`, as it stands if it is none, "" for no table."""
+    try:
+        return format_layer_codecs(as_mapping(table))
+    except (TypeError, ValueError):
+        return show(table)
 
 
 def show_interval(shown: Figure, unit: str = "") -> str:
