@@ -170,6 +170,10 @@ def test_prices_tiers_and_a_trace_are_part_of_the_one_object(tmp_path: Path) -> 
         assert said in text
 
 
+IDLE_NUMPY_S = 0.086
+"""CPU time of `import numpy` on an idle machine (benchmarks/results/bench_start.json)."""
+
+
 def cpu_seconds(*command: str) -> float:
     """User and system time of one child process: what a busy machine cannot blur."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -179,9 +183,11 @@ def cpu_seconds(*command: str) -> float:
 
 
 def test_planning_starts_within_three_tenths_of_a_second_of_a_bare_numpy() -> None:
-    bare = min(cpu_seconds("-c", "import numpy") for _ in range(3))
-    whole = min(cpu_seconds("-m", "kvtune", "plan", "qwen3-32b", "--json") for _ in range(3))
-    assert whole - bare < 0.3
+    """Where numpy itself starts slower than on an idle machine, so may the rest."""
+    plan = ("-m", "kvtune", "plan", "qwen3-32b", "--json")
+    times = [(cpu_seconds("-c", "import numpy"), cpu_seconds(*plan)) for _ in range(4)]
+    bare, whole = (min(column) for column in zip(*times, strict=True))
+    assert whole - bare < 0.3 * max(1.0, bare / IDLE_NUMPY_S), times
 
 
 def test_planning_imports_nothing_heavy() -> None:

@@ -269,9 +269,10 @@ def test_the_command_starts_within_a_third_of_a_second_of_numpy(tmp_path):
     path = mooncake(tmp_path)
     command = ["trace", str(path), "--trace-block-size", "512", "--json"]
     run = f"from kvtune.cli.main import main; main({command!r})"
-    bare = min(seconds_of("import numpy") for _ in range(3))
-    ours = min(seconds_of(run) for _ in range(3))
-    assert ours - bare < 0.3, (ours, bare)
+    times = [(seconds_of("import numpy"), seconds_of(run)) for _ in range(4)]
+    bare, ours = (min(column) for column in zip(*times, strict=True))
+    idle = 0.086  # seconds of `import numpy` on an idle machine: where it is slower, so may the rest be
+    assert ours - bare < 0.3 * max(1.0, bare / idle), times
 
 
 def test_a_file_needs_no_torch_pandas_or_rich_to_be_read(tmp_path):
