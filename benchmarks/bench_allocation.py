@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from models import model_folders, new_record
 
 from kvtune.cli.gate_questions import gate_questions
 from kvtune.cli.tune import materialised
@@ -38,7 +36,7 @@ from kvtune.quality import (
     record_reference,
 )
 from kvtune.testing.reference import reference_model_path
-from kvtune.testing.variants import VARIANTS, write_variant
+from kvtune.testing.variants import VARIANTS
 from kvtune.tune import SearchSpace, TuneSettings, choose_for_quality
 from kvtune.tune.evaluation import Evaluator
 from kvtune.tune.layer_search import LayerSearch, LayerTable, layer_record
@@ -201,28 +199,20 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     args = arguments()
     model = args.model or reference_model_path()
-    out: dict[str, Any] = {
-        "settings": {name: str(value) for name, value in vars(args).items()},
-        "machine": platform.processor() or platform.machine(), "torch": torch.__version__, "models": {},
-    }  # fmt: skip
-    with tempfile.TemporaryDirectory() as scratch:
-        for name in args.variant or ("model", *sorted(VARIANTS)):
-            folder = (
-                model if name == "model" else write_variant(model, Path(scratch) / name, VARIANTS[name]())
+    out = new_record(args)
+    for name, folder in model_folders(model, args.variant or ("model", *sorted(VARIANTS))):
+        found = measure(folder, args)
+        out["models"][name] = found
+        if found["ratio"] is None:
+            print("  nothing to compare: no pair or no table passed")
+        else:
+            word = "held  " if found["held"] else "FAILED"
+            print(
+                f"  {word} {found['ratio']:.3f}x: {label(found['best_table']['config'])} against "
+                f"{label(found['best_pair']['config'])}"
             )
-            print(f"\n{name}", flush=True)
-            found = measure(folder, args)
-            out["models"][name] = found
-            if found["ratio"] is None:
-                print("  nothing to compare: no pair or no table passed")
-            else:
-                word = "held  " if found["held"] else "FAILED"
-                print(
-                    f"  {word} {found['ratio']:.3f}x: {label(found['best_table']['config'])} against "
-                    f"{label(found['best_pair']['config'])}"
-                )
-            if args.json is not None:
-                args.json.write_text(json.dumps(out, indent=1) + "\n")
+        if args.json is not None:
+            args.json.write_text(json.dumps(out, indent=1) + "\n")
     return 0 if any(found["held"] for found in out["models"].values()) else 1
 
 

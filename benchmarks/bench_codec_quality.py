@@ -13,18 +13,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import statistics
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from models import model_folders, new_record
 from transformers import AutoTokenizer
 
 from kvtune import CacheConfig, Engine, EngineConfig, SamplingParams, SchedulerConfig
@@ -36,7 +34,7 @@ from kvtune.target import ScoreItem, Scores
 from kvtune.testing.reference import reference_model_path
 from kvtune.testing.reference.corpus import load_corpus
 from kvtune.testing.reference.dialogue import Dialogue, DialogueEncoder, material
-from kvtune.testing.variants import VARIANTS, write_variant
+from kvtune.testing.variants import VARIANTS
 
 CODECS = ("fp8", "int8", "n8_rh", "n8_rh@4", "int4", "int4_rh", "n4_rh")
 SIDES = ("k", "v", "kv")
@@ -218,26 +216,18 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     args = arguments()
     model = args.model or reference_model_path()
-    out: dict[str, Any] = {
-        "settings": {name: str(value) for name, value in vars(args).items()},
-        "machine": platform.processor() or platform.machine(), "torch": torch.__version__, "models": {},
-    }  # fmt: skip
+    out = new_record(args)
     held = True
-    with tempfile.TemporaryDirectory() as scratch:
-        for name in ("model", *args.variant):
-            folder = (
-                model if name == "model" else write_variant(model, Path(scratch) / name, VARIANTS[name]())
-            )
-            print(f"\n{name}", flush=True)
-            rows: list[dict[str, Any]] = []
-            for row in table(folder, args):
-                rows.append(row)
-                print(line(row), flush=True)
-            claims = checks(rows, biased=name == "biased_keys")
-            for claim, is_held in claims.items():
-                print(f"{'held  ' if is_held else 'FAILED'} {claim}")
-            held &= all(claims.values())
-            out["models"][name] = {"rows": rows, "checks": claims}
+    for name, folder in model_folders(model, ("model", *args.variant)):
+        rows: list[dict[str, Any]] = []
+        for row in table(folder, args):
+            rows.append(row)
+            print(line(row), flush=True)
+        claims = checks(rows, biased=name == "biased_keys")
+        for claim, is_held in claims.items():
+            print(f"{'held  ' if is_held else 'FAILED'} {claim}")
+        held &= all(claims.values())
+        out["models"][name] = {"rows": rows, "checks": claims}
     if args.json is not None:
         args.json.write_text(json.dumps(out, indent=1) + "\n")
     return 0 if held else 1

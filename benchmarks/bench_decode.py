@@ -15,7 +15,7 @@ import itertools
 
 import torch
 from harness import Call, Recorder, add_arguments
-from paged import CODECS, Shape, make_cache, paged_call, queries, read_bytes
+from paged import Shape, paged_contenders, pairs_named, queries
 
 from kvtune.kernels import Backend, choose_backend
 
@@ -31,13 +31,7 @@ def contenders(
 ) -> tuple[dict[str, Call], dict[str, tuple[float, float]]]:
     """Name -> call, and name -> (bytes of K and V the call has to read, flop)."""
     q = queries(shape)
-    calls: dict[str, Call] = {}
-    work: dict[str, tuple[float, float]] = {}
-    for pair in codecs:
-        cache, table = make_cache(pair, shape, backend)
-        name = "/".join(pair) if pair[0] != pair[1] else pair[0]
-        calls[name] = paged_call(q, cache, table, shape, backend)
-        work[name] = (read_bytes(cache, shape), shape.flop)
+    calls, work = paged_contenders(q, shape, codecs, backend)
     n, h, group, dim = shape.num_seqs, shape.kv_heads, shape.group, shape.head_dim
     k, v = torch.randn(2, n, h, shape.context, dim).to(torch.bfloat16).unbind(0)
     sdpa = torch.nn.functional.scaled_dot_product_attention
@@ -65,7 +59,7 @@ def main() -> None:
         SHAPES[:1] if args.quick else SHAPES
     )
     contexts = args.context or ([2048, 16384] if args.quick else CONTEXTS)
-    codecs = [(pair[0], pair[-1]) for pair in (c.split("/") for c in args.codec or [])] or CODECS
+    codecs = pairs_named(args.codec)
     recorder = Recorder("paged decode attention", args, backend.reason)
     for threads, limit in recorder.threads():
         for (heads, group, dim), context in itertools.product(shapes, contexts):

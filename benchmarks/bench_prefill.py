@@ -14,7 +14,7 @@ import argparse
 
 import torch
 from harness import Call, Recorder, add_arguments
-from paged import CODECS, Shape, make_cache, paged_call, queries, read_bytes
+from paged import Shape, paged_contenders, pairs_named, queries
 
 from kvtune.kernels import Backend, choose_backend
 
@@ -47,13 +47,7 @@ def contenders(
 ) -> tuple[dict[str, Call], dict[str, tuple[float, float]]]:
     """Name -> call, and name -> (bytes of K and V the call has to read, flop)."""
     q = queries(shape)
-    calls: dict[str, Call] = {}
-    work: dict[str, tuple[float, float]] = {}
-    for pair in codecs:
-        cache, table = make_cache(pair, shape, backend)
-        name = "/".join(pair) if pair[0] != pair[1] else pair[0]
-        calls[name] = paged_call(q, cache, table, shape, backend)
-        work[name] = (read_bytes(cache, shape), shape.flop)
+    calls, work = paged_contenders(q, shape, codecs, backend)
     peers = sdpa_calls(q, shape)
     work.update(dict.fromkeys(peers, (4.0 * shape.context * shape.kv_heads * shape.head_dim, shape.flop)))
     return {**calls, **peers}, work
@@ -71,7 +65,7 @@ def main() -> None:
         CHUNKS[:1] if args.quick else CHUNKS
     )
     heads = [tuple(map(int, s.split(","))) for s in args.shape or []] or (HEADS[:1] if args.quick else HEADS)
-    codecs = [(pair[0], pair[-1]) for pair in (c.split("/") for c in args.codec or [])] or CODECS
+    codecs = pairs_named(args.codec)
     recorder = Recorder("paged prefill attention", args, backend.reason)
     for threads, limit in recorder.threads():
         for rows, context in chunks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,6 +81,25 @@ def paged_call(
         torch.full((len(q),), -1),
     )
     return lambda: paged_attention(q, cache, batch, scale=shape.head_dim**-0.5, backend=backend)
+
+
+def pairs_named(names: Sequence[str] | None) -> list[tuple[str, str]]:
+    """`["int8/int4", "bf16"]` as pairs of K and V codecs; all of CODECS if None."""
+    return [(pair[0], pair[-1]) for pair in (name.split("/") for name in names or [])] or CODECS
+
+
+def paged_contenders(
+    q: torch.Tensor, shape: Shape, codecs: Sequence[tuple[str, str]], backend: Backend
+) -> tuple[dict[str, Call], dict[str, tuple[float, float]]]:
+    """Name -> call over a cache of these codecs, and name -> (bytes of K and V it has to read, flop)."""
+    calls: dict[str, Call] = {}
+    work: dict[str, tuple[float, float]] = {}
+    for pair in codecs:
+        cache, table = make_cache(pair, shape, backend)
+        name = "/".join(pair) if pair[0] != pair[1] else pair[0]
+        calls[name] = paged_call(q, cache, table, shape, backend)
+        work[name] = (read_bytes(cache, shape), shape.flop)
+    return calls, work
 
 
 def queries(shape: Shape) -> torch.Tensor:
