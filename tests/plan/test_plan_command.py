@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from process_time import assert_starts_within
 
 KEYS = {"schema_version", "model", "kv", "at_context", "capacity"}
 UNUSED = ("rich", "kvtune.workload", "kvtune.cache", "kvtune.report")
@@ -170,24 +170,8 @@ def test_prices_tiers_and_a_trace_are_part_of_the_one_object(tmp_path: Path) -> 
         assert said in text
 
 
-IDLE_NUMPY_S = 0.086
-"""CPU time of `import numpy` on an idle machine (benchmarks/results/bench_start.json)."""
-
-
-def cpu_seconds(*command: str) -> float:
-    """User and system time of one child process: what a busy machine cannot blur."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, *command], capture_output=True, timeout=60, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
-
-
 def test_planning_starts_within_three_tenths_of_a_second_of_a_bare_numpy() -> None:
-    """Where numpy itself starts slower than on an idle machine, so may the rest."""
-    plan = ("-m", "kvtune", "plan", "qwen3-32b", "--json")
-    times = [(cpu_seconds("-c", "import numpy"), cpu_seconds(*plan)) for _ in range(4)]
-    bare, whole = (min(column) for column in zip(*times, strict=True))
-    assert whole - bare < 0.3 * max(1.0, bare / IDLE_NUMPY_S), times
+    assert_starts_within(0.3, "-m", "kvtune", "plan", "qwen3-32b", "--json")
 
 
 def test_planning_imports_nothing_heavy() -> None:
