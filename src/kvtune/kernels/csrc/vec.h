@@ -106,26 +106,8 @@ KV_INLINE float half_to_float(uint16_t h) {
   return value;
 }
 
-// e^x for x up to 30; 0 far below -87, NaN for NaN. Relative error below 2e-7 (Cephes).
-#ifdef KV_VNNI
-KV_INLINE VF exp_of(VF x) {
-  const VF y = (VF)_mm512_max_ps(_mm512_set1_ps(-110.0f), (__m512)x);  // the second where one is NaN
-  const VF n = (VF)_mm512_roundscale_ps((__m512)(y * 1.44269504f), 0);
-  VF r = y - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
-  VF p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  return (VF)_mm512_scalef_ps((__m512)p, (__m512)n);
-}
-#else
-KV_INLINE VF exp_of(VF x) {
-  const VF shifted = x * 1.44269504f + 12582912.0f;
-  const VF n = shifted - 12582912.0f;
+// e^(x - n ln 2) for n the whole number next to x / ln 2 (Cephes).
+KV_INLINE VF exp_of_rest(VF x, VF n) {
   VF r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
   VF p = splat(1.9875691500e-4f);
@@ -134,7 +116,22 @@ KV_INLINE VF exp_of(VF x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
+  return p * (r * r) + r + 1.0f;
+}
+
+// e^x for x up to 30; 0 far below -87, NaN for NaN. Relative error below 2e-7.
+#ifdef KV_VNNI
+KV_INLINE VF exp_of(VF x) {
+  const VF y = (VF)_mm512_max_ps(_mm512_set1_ps(-110.0f), (__m512)x);  // the second where one is NaN
+  const VF n = (VF)_mm512_roundscale_ps((__m512)(y * 1.44269504f), 0);
+  const VF p = exp_of_rest(y, n);
+  return (VF)_mm512_scalef_ps((__m512)p, (__m512)n);
+}
+#else
+KV_INLINE VF exp_of(VF x) {
+  const VF shifted = x * 1.44269504f + 12582912.0f;
+  const VF n = shifted - 12582912.0f;
+  const VF p = exp_of_rest(x, n);
   const VI exponent = ((VI)shifted - 0x4b400000) << 23;
   const VF y = (VF)((VI)p + exponent);
   // A NaN survives the polynomial, but its bits may not survive the exponent: select it back.
