@@ -33,8 +33,11 @@ _MEAN_ANSWER: Final = 64
 _NUM_HEADS: Final = 6
 _LARGEST_HEAD: Final = 0.95
 """Share of a prompt that is head, at most."""
-_LONG_ROUNDS: Final = 0.6
-"""Share of rounds whose prompts are all long, so that decodes read as much as a busy server's."""
+_LONG_ROUNDS: Final = 0.45
+"""Share of rounds whose prompts are all long, so that decodes read as much as a busy server's; in the others
+many run over little, or else what a sequence costs would be taken for what its bytes cost."""
+_SHORT: Final = 64
+"""Tokens the longest prompt of a round may have, at least."""
 _FILL: Final = 0.9
 """Share of the cache that heads and running requests may take."""
 
@@ -206,6 +209,8 @@ class _Load:
         room = _FILL * self._capacity - concurrency * _MEAN_ANSWER
         fitting = int(room / (len(heads) * share + concurrency * (1.0 - share)))
         longest = max(8, min(self._longest, fitting))
+        if not is_long:
+            longest = self._log_uniform(min(_SHORT, longest), longest)
         cut = int(share * longest)
         shortest = int(self._rng.uniform(0.3, 0.9) * longest) if is_long else self._log_uniform(4, longest)
         return _Mix(concurrency, tuple(self._heads[i][:cut] for i in heads), max(4, shortest), longest)
