@@ -21,7 +21,10 @@ BLOCK_SIZE = 16
 
 @dataclass(frozen=True)
 class Shape:
-    """`kv_heads` with `group` query heads each; `rows` new tokens of each sequence end its `context`."""
+    """`kv_heads` with `group` query heads each; `rows` new tokens of each sequence end its `context`.
+
+    The first `shared` tokens of all sequences lie in the same blocks.
+    """
 
     kv_heads: int
     group: int
@@ -29,6 +32,7 @@ class Shape:
     num_seqs: int
     context: int
     rows: int = 1
+    shared: int = 0
 
     @property
     def flop(self) -> float:
@@ -47,10 +51,12 @@ def make_cache(codecs: tuple[str, str], shape: Shape, backend: Backend) -> tuple
         k_codec=codecs[0].removesuffix(ONE_PLANE),
         v_codec=codecs[1].removesuffix(ONE_PLANE),
     )
-    per_seq = -(-shape.context // BLOCK_SIZE)
-    cache = LayerCache.allocate(layout, shape.num_seqs * per_seq)
-    order = torch.randperm(shape.num_seqs * per_seq, generator=torch.Generator().manual_seed(0))
-    table = order.to(torch.int32).view(shape.num_seqs, -1)
+    common, per_seq = shape.shared // BLOCK_SIZE, -(-shape.context // BLOCK_SIZE)
+    num_blocks = common + shape.num_seqs * (per_seq - common)
+    cache = LayerCache.allocate(layout, num_blocks)
+    order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    shared, own = order[:common].expand(shape.num_seqs, -1), order[common:].view(shape.num_seqs, -1)
+    table = torch.cat((shared, own), 1)
     positions = torch.arange(shape.context)
     size = (2, shape.context, shape.kv_heads, shape.head_dim)
     for s in range(shape.num_seqs):
@@ -68,7 +74,8 @@ def read_bytes(cache: LayerCache, shape: Shape) -> float:
     skipped = (layout.k_low_bytes if cache.k_planes == 1 else 0) + (
         layout.v_low_bytes if cache.v_planes == 1 else 0
     )
-    return (layout.block_bytes - skipped) / BLOCK_SIZE * shape.num_seqs * shape.context
+    tokens = shape.shared + shape.num_seqs * (shape.context - shape.shared)
+    return (layout.block_bytes - skipped) / BLOCK_SIZE * tokens
 
 
 def paged_call(

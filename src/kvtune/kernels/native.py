@@ -20,7 +20,7 @@ from kvtune.spec import PackedLayout
 
 __all__ = ["MAX_HEAD_DIM", "NativeLibrary", "library_path"]
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 MAX_HEAD_DIM = 512
 CODEC_NUMBERS = {
     "fp32": 0, "bf16": 1, "fp16": 2, "int8": 3, "int4": 4, "fp8": 5, "int4_rh": 6, "n8_rh": 7, "n4_rh": 8,
@@ -126,6 +126,7 @@ class NativeLibrary:
         self._library.kvtune_find_isa.argtypes = (c_char_p,)
         self._library.kvtune_isa_name.argtypes = (c_int32,)
         self._library.kvtune_isa_name.restype = c_char_p
+        self._library.kvtune_saved_tokens.restype = c_int64
         self._isa = int(self._library.kvtune_find_isa(isa.encode()))
         if self._isa < 0:
             raise UsageError(
@@ -162,9 +163,7 @@ class NativeLibrary:
         """
         dtype, q = q.dtype, _floats(q)
         out = torch.empty(*q.shape[:2], cache.layout.v_head_dim, dtype=torch.float32)
-        starts, lengths, table = (
-            x.to(torch.int32).contiguous() for x in (batch.query_start, batch.context_len, batch.block_table)
-        )
+        starts, lengths, table = _index_tensors(batch)
         sinks = None if masking.sinks is None else _floats(masking.sinks)
         record = _cache_record(cache, cache.read_planes("k"), cache.read_planes("v"))
         args = _Attention(
@@ -189,6 +188,31 @@ class NativeLibrary:
         self._call("kvtune_attention", args)
         return out.to(dtype)
 
+    def saved_tokens(
+        self, num_heads: int, cache: LayerCache, batch: AttentionBatch, window: int | None = None
+    ) -> int:
+        """Tokens that attention over this batch does not read again for another sequence.
+
+        Sequences with few rows whose block tables begin alike read that beginning together.
+        """
+        starts, lengths, table = _index_tensors(batch)
+        record = _cache_record(cache, cache.read_planes("k"), cache.read_planes("v"))
+        args = _Attention(
+            cache=ctypes.pointer(record),
+            query_start=starts.data_ptr(),
+            context_len=lengths.data_ptr(),
+            block_table=table.data_ptr(),
+            table_stride=table.shape[1],
+            num_rows=int(starts[-1]),
+            num_seqs=batch.num_seqs,
+            num_heads=num_heads,
+            window=window or 0,
+        )
+        saved = int(self._library.kvtune_saved_tokens(ctypes.byref(args)))
+        if saved < 0:
+            raise InvariantError(f"kvtune_saved_tokens: {STATUS[2]}")
+        return saved
+
     def gather(
         self, cache: LayerCache, block_ids: torch.Tensor, num_tokens: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -212,6 +236,12 @@ class NativeLibrary:
         status = int(getattr(self._library, function)(ctypes.byref(args), c_int32(self._isa)))
         if status:
             raise InvariantError(f"{function}: {STATUS.get(status, f'status {status}')}")
+
+
+def _index_tensors(batch: AttentionBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Starts, lengths and block table as the library reads them."""
+    starts, lengths = batch.query_start.to(torch.int32), batch.context_len.to(torch.int32)
+    return starts.contiguous(), lengths.contiguous(), batch.block_table.to(torch.int32).contiguous()
 
 
 def _floats(x: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@
 #include <new>
 
 #include "kernels.h"
+#include "plan.h"
 #include "pool.h"
 
 namespace kvtune {
@@ -58,49 +59,49 @@ void reset(Partial& p) {
   std::memset(p.acc, 0, sizeof p.acc);
 }
 
-int context_end(const KvAttention& a, const Task& t) {  // keys the last row of the task sees
-  const int rows = a.query_start[t.seq + 1] - a.query_start[t.seq];
-  const int G = a.num_heads / a.cache->num_kv_heads;
-  return a.context_len[t.seq] - rows + (t.first_row + t.num_rows - 1) / G + 1;
-}
-
-int first_split(const KvAttention& a, const Task& t) {
-  if (a.window <= 0) return 0;
-  const int rows = a.query_start[t.seq + 1] - a.query_start[t.seq];
-  const int G = a.num_heads / a.cache->num_kv_heads;
-  const int lowest = a.context_len[t.seq] - rows + t.first_row / G - a.window + 1;
-  return lowest > 0 ? lowest / SPLIT : 0;
-}
-
-std::vector<Task> list_tasks(const KvAttention& a) {
-  std::vector<Task> tasks;
-  const int G = a.num_heads / a.cache->num_kv_heads;
-  for (int s = 0; s < a.num_seqs; s++) {
-    const int rows = (a.query_start[s + 1] - a.query_start[s]) * G;
-    for (int h = 0; h < a.cache->num_kv_heads; h++)
-      for (int r = 0; r < rows; r += QUERY_TILE)
-        tasks.push_back({s, h, r, rows - r < QUERY_TILE ? rows - r : QUERY_TILE});
+// A band's parts merged so far, to the task's state or from it.
+void save_running(const Task& task, int b, int dim, const Partial& running) {
+  for (int r = 0; r < band_rows(task, b); r++) {
+    float* state = task.state + (b * MAX_ROWS + r) * state_size(dim);
+    state[0] = running.maximum[r], state[1] = running.total[r];
+    std::memcpy(state + 2, running.acc + r * MAX_DIM, static_cast<size_t>(dim) * 4);
   }
-  return tasks;
+}
+void begin_running(const Task& task, int b, int dim, Partial& running) {
+  reset(running);
+  if (task.state == nullptr || task.hands_over) return;
+  for (int r = 0; r < band_rows(task, b); r++) {
+    const float* state = task.state + (b * MAX_ROWS + r) * state_size(dim);
+    running.maximum[r] = state[0], running.total[r] = state[1];
+    std::memcpy(running.acc + r * MAX_DIM, state + 2, static_cast<size_t>(dim) * 4);
+  }
+}
+
+int first_split(const Task& task) { return task.first_key / SPLIT; }
+int num_splits(const Task& task) { return (task.stop_key + SPLIT - 1) / SPLIT - first_split(task); }
+// Whether the one split of a task is all its rows see.
+bool is_whole(const Task& task) {
+  return num_splits(task) == 1 && !task.hands_over && (task.state == nullptr || first_split(task) == 0);
 }
 
 // One task from end to end on one thread.
 int run_task(const AttentionTable& table, const KvAttention& a, const Task& task) {
   Work* work = thread_work();
   if (work == nullptr) return KV_NO_MEMORY;
-  const int dim = a.cache->body.v.head_dim, end = context_end(a, task), bands = num_bands(task);
+  const int dim = a.cache->body.v.head_dim, bands = num_bands(task), first = first_split(task);
   table.load_queries(a, task, *work);
-  const int first = first_split(a, task), stop = (end + SPLIT - 1) / SPLIT;
-  const bool has_parts = stop - first > 1;
-  for (int b = 0; b < bands && has_parts; b++) reset(work->band[b].running);
-  for (int split = first; split < stop; split++) {
+  const bool has_parts = !is_whole(task);
+  for (int b = 0; b < bands && has_parts; b++) begin_running(task, b, dim, work->band[b].running);
+  for (int split = first; split < first + num_splits(task); split++) {
     const int status = table.attend_split(a, task, split, *work);
     if (status != KV_OK) return status;
-    for (int b = 0; b < bands && has_parts; b++)
+    for (int b = 0; b < bands && has_parts && !ends_open(task, split); b++)
       table.merge(work->band[b].split, work->band[b].running, band_rows(task, b), dim);
   }
-  for (int b = 0; b < bands; b++)
-    table.finish(a, task, b, has_parts ? work->band[b].running : work->band[b].split);
+  for (int b = 0; b < bands; b++) {
+    if (task.hands_over) save_running(task, b, dim, work->band[b].running);
+    else table.finish(a, task, b, has_parts ? work->band[b].running : work->band[b].split);
+  }
   return KV_OK;
 }
 
@@ -119,10 +120,10 @@ int run_splits(const AttentionTable& table, const KvAttention& a, const std::vec
   std::vector<SplitItem> items;
   std::vector<Parts> running;
   for (size_t i = 0; i < tasks.size(); i++) {
-    const int stop = (context_end(a, tasks[i]) + SPLIT - 1) / SPLIT;
-    for (int split = first_split(a, tasks[i]); split < stop; split++) items.push_back({i, split});
-    running.emplace_back(static_cast<size_t>(num_bands(tasks[i])));
-    for (Partial& part : running.back()) reset(part);
+    const Task& task = tasks[i];
+    for (int n = 0; n < num_splits(task); n++) items.push_back({i, first_split(task) + n});
+    running.emplace_back(static_cast<size_t>(num_bands(task)));
+    for (int b = 0; b < num_bands(task); b++) begin_running(task, b, dim, running.back()[static_cast<size_t>(b)]);
   }
   const size_t wave = static_cast<size_t>(WAVE) * static_cast<size_t>(a.num_threads);
   std::vector<Parts> parts(items.size() < wave ? items.size() : wave);
@@ -143,13 +144,18 @@ int run_splits(const AttentionTable& table, const KvAttention& a, const std::vec
     });
     for (size_t i = 0; i < count && status.load() == KV_OK; i++) {
       const SplitItem& item = items[begin + i];
-      for (size_t b = 0; b < parts[i].size(); b++)
-        table.merge(parts[i][b], running[item.task][b], band_rows(tasks[item.task], static_cast<int>(b)), dim);
+      const Task& task = tasks[item.task];
+      for (size_t b = 0; b < parts[i].size() && !ends_open(task, item.split); b++)
+        table.merge(parts[i][b], running[item.task][b], band_rows(task, static_cast<int>(b)), dim);
     }
   }
   if (status.load() != KV_OK) return status.load();
   for (size_t i = 0; i < tasks.size(); i++)
-    for (int b = 0; b < num_bands(tasks[i]); b++) table.finish(a, tasks[i], b, running[i][static_cast<size_t>(b)]);
+    for (int b = 0; b < num_bands(tasks[i]); b++) {
+      const Partial& result = running[i][static_cast<size_t>(b)];
+      if (tasks[i].hands_over) save_running(tasks[i], b, dim, result);
+      else table.finish(a, tasks[i], b, result);
+    }
   return KV_OK;
 }
 
@@ -190,6 +196,12 @@ int parallel(int64_t count, int num_threads, const std::function<int(int64_t)>& 
   return status.load();
 }
 
+int run_tasks(const AttentionTable& table, const KvAttention& a, const std::vector<Task>& tasks) {
+  const int64_t count = static_cast<int64_t>(tasks.size());
+  if (a.num_threads > 1 && count > 0 && count < 4 * a.num_threads) return run_splits(table, a, tasks);
+  return parallel(count, a.num_threads, [&](int64_t i) { return run_task(table, a, tasks[static_cast<size_t>(i)]); });
+}
+
 // No C++ exception crosses the C ABI.
 template <class F> int guarded(F&& body) {
   try {
@@ -206,7 +218,7 @@ template <class F> int guarded(F&& body) {
 
 #define KV_EXPORT extern "C" __attribute__((visibility("default")))
 
-KV_EXPORT int32_t kvtune_abi_version() { return 4; }
+KV_EXPORT int32_t kvtune_abi_version() { return 5; }
 
 // Index of an instruction set by name, or of the best one for "auto"; -1 if this machine or build lacks it.
 KV_EXPORT int32_t kvtune_find_isa(const char* name) {
@@ -238,14 +250,21 @@ KV_EXPORT int32_t kvtune_attention(const KvAttention* a, int32_t isa_index) {
   if (isa == nullptr || !kvtune::valid(a->cache) || !kvtune::fits(*a)) return KV_BAD_ARGUMENT;
   kvtune::clear_padding(*a);
   return kvtune::guarded([&] {
-    const std::vector<kvtune::Task> tasks = kvtune::list_tasks(*a);
-    const int64_t count = static_cast<int64_t>(tasks.size());
-    if (a->num_threads > 1 && count < 4 * a->num_threads)
-      return kvtune::run_splits(*isa->attention, *a, tasks);
-    return kvtune::parallel(count, a->num_threads, [&](int64_t i) {
-      return kvtune::run_task(*isa->attention, *a, tasks[static_cast<size_t>(i)]);
-    });
+    const kvtune::Plan plan = kvtune::make_plan(*a);
+    const int status = kvtune::run_tasks(*isa->attention, *a, plan.shared);
+    return status != KV_OK ? status : kvtune::run_tasks(*isa->attention, *a, plan.own);
   });
+}
+
+// Tokens of K and V that kvtune_attention with these arguments reads once less, for being shared; -1 if refused.
+KV_EXPORT int64_t kvtune_saved_tokens(const KvAttention* a) {
+  if (!kvtune::valid(a->cache) || !kvtune::fits(*a)) return -1;
+  int64_t saved = -1;
+  kvtune::guarded([&] {
+    saved = kvtune::make_plan(*a).saved_tokens;
+    return KV_OK;
+  });
+  return saved;
 }
 
 KV_EXPORT int32_t kvtune_gather(const KvGather* a, int32_t isa_index) {

@@ -144,9 +144,10 @@ struct KeyRange {
   int low, high;
 };
 
-// The keys of a split that some row of the band sees; empty where high <= low.
-KV_INLINE KeyRange visible_keys(const KvAttention& a, int split, const Band& band) {
-  const int low = split * SPLIT, high = min_of(low + SPLIT, band.position[band.num_rows - 1] + 1);
+// The task's keys of a split that some row of the band sees; empty where high <= low.
+KV_INLINE KeyRange visible_keys(const KvAttention& a, const Task& task, int split, const Band& band) {
+  const int low = max_of(split * SPLIT, task.first_key);
+  const int high = min_of(min_of(split * SPLIT + SPLIT, task.stop_key), band.position[band.num_rows - 1] + 1);
   return {a.window > 0 ? max_of(low, band.position[0] - a.window + 1) : low, high};
 }
 
@@ -214,12 +215,32 @@ static void end_split(Band& band, int dim, bool has_rotated) {
   }
 }
 
+// Move `count` floats from a row to its state, or back.
+KV_INLINE void move_floats(float* row, float*& state, int count, bool is_saved) {
+  __builtin_memcpy(is_saved ? state : row, is_saved ? row : state, static_cast<std::size_t>(count) * 4);
+  state += count;
+}
+
+// A band's rows in the middle of a split, to the task's state or from it.
+static void move_open_split(const Task& task, int b, int dim, Band& band, bool is_saved) {
+  for (int r = 0; r < band_rows(task, b); r++) {
+    float* state = task.state + (b * MAX_ROWS + r) * state_size(dim) + 2 + dim;
+    move_floats(band.split.maximum + r, state, 1, is_saved);
+    move_floats(band.total_lanes + r * GROUP, state, GROUP, is_saved);
+    for (int basis = 0; basis < NUM_BASES; basis++)
+      move_floats(band.shift_lanes[basis] + r * GROUP, state, GROUP, is_saved);
+    move_floats(band.split.acc + r * MAX_DIM, state, dim, is_saved);
+    move_floats(band.rotated_acc + r * MAX_DIM, state, dim, is_saved);
+  }
+}
+
 static int attend_split(const KvAttention& a, const Task& task, int split, Work& work) {
   const int Dv = a.cache->body.v.head_dim, bands = num_bands(task);
   KeyRange ranges[MAX_BANDS];
   for (int b = 0; b < bands; b++) {
     begin_split(work.band[b], Dv);
-    ranges[b] = visible_keys(a, split, work.band[b]);
+    if (begins_open(task, split)) move_open_split(task, b, Dv, work.band[b], false);
+    ranges[b] = visible_keys(a, task, split, work.band[b]);
   }
   KeyTile tiles[2];  // the present one and the next, in turn
   Finder finder;
@@ -231,7 +252,10 @@ static int attend_split(const KvAttention& a, const Task& task, int split, Work&
     const int status = attend_tile(a, task, key, ranges, tiles[i], tiles[i ^ 1], work);
     if (status != KV_OK) return status;
   }
-  for (int b = 0; b < bands; b++) end_split(work.band[b], Dv, work.has_values[ROTATED]);
+  for (int b = 0; b < bands; b++) {
+    if (ends_open(task, split)) move_open_split(task, b, Dv, work.band[b], true);
+    else end_split(work.band[b], Dv, work.has_values[ROTATED]);
+  }
   return KV_OK;
 }
 
@@ -274,17 +298,14 @@ KV_INLINE const float* find_bases(const KvCache& cache, const KvSide KvArena::*s
   return is_rotated(body.codec) ? body.centre : first.centre;
 }
 
-// Row r of a task: where it lies in q and out (times the head dim), and its position in the sequence.
+// Row r of a task: where it lies in q and out (times the head dim), and its head.
 struct RowPlace {
   int64_t at;
   int head;
-  int position;
 };
 KV_INLINE RowPlace find_row(const KvAttention& a, const Task& task, int r) {
-  const int G = a.num_heads / a.cache->num_kv_heads, start = a.query_start[task.seq];
-  const int row = (task.first_row + r) / G, head = task.kv_head * G + (task.first_row + r) % G;
-  return {static_cast<int64_t>(start + row) * a.num_heads + head, head,
-          a.context_len[task.seq] - (a.query_start[task.seq + 1] - start) + row};
+  const int head = task.kv_head * (a.num_heads / a.cache->num_kv_heads) + task.rows[r].member;
+  return {static_cast<int64_t>(task.rows[r].row) * a.num_heads + head, head};
 }
 
 // Row r of `query`: the source's values in its basis, then in fixed point.
@@ -319,8 +340,9 @@ static void load_queries(const KvAttention& a, const Task& task, Work& work) {
     Band& band = work.band[b];
     band.num_rows = bands >= PANEL_BANDS ? MAX_ROWS : band_rows(task, b);
     for (int r = 0; r < band.num_rows; r++) {
-      const RowPlace place = find_row(a, task, min_of(b * MAX_ROWS + r, task.num_rows - 1));
-      band.position[r] = place.position;
+      const int row = min_of(b * MAX_ROWS + r, task.num_rows - 1);
+      const RowPlace place = find_row(a, task, row);
+      band.position[r] = task.rows[row].position;
       for (int basis = 0; basis < NUM_BASES; basis++)
         if (has_keys[basis])
           load_query(a.q + place.at * Dk, centre, basis, a.scale, Dk, a.is_bf16 && basis == PLAIN, band.query[basis],

@@ -96,19 +96,37 @@ constexpr int TILE = 64;       // keys of one online-softmax step, at fixed abso
 constexpr int SPLIT = 1024;    // keys reduced by themselves before merging: results do not depend on threads
 constexpr int WAVE = 32;       // (task, split) pairs per thread whose results are kept before they are merged
 
-// Up to QUERY_TILE query rows of one KV head of one sequence. Row r of the sequence's rows x G is query row
-// r / G and head kv_head * G + r % G.
+// One row of queries of a KV head: row `row` of q, head `member` of those that share the KV head.
+struct QueryRow {
+  int32_t row;
+  int32_t member;
+  int32_t position;
+};
+
+// Up to QUERY_TILE query rows of one KV head, in order of their positions, and the keys [first_key, stop_key) of
+// `seq` they pass over, of which each sees its own. `state`: where rows that hand over leave what they have reached
+// for those of another task, which begins with it; null where rows begin anew and end.
 struct Task {
   int32_t seq;
   int32_t kv_head;
-  int32_t first_row;
   int32_t num_rows;
+  int32_t first_key;
+  int32_t stop_key;
+  const QueryRow* rows;
+  float* state;  // state_size of each row
+  bool hands_over;
 };
 
 constexpr int num_bands(const Task& t) { return (t.num_rows + MAX_ROWS - 1) / MAX_ROWS; }
 constexpr int band_rows(const Task& t, int band) {
   return t.num_rows - band * MAX_ROWS < MAX_ROWS ? t.num_rows - band * MAX_ROWS : MAX_ROWS;
 }
+
+// Whether a task's rows begin, or end, in the middle of a split.
+constexpr bool begins_open(const Task& t, int split) {
+  return t.state != nullptr && !t.hands_over && t.first_key > split * SPLIT;
+}
+constexpr bool ends_open(const Task& t, int split) { return t.hands_over && t.stop_key < (split + 1) * SPLIT; }
 
 // Running softmax state of the rows of a band.
 struct Partial {
@@ -159,9 +177,14 @@ struct Work {
   Band band[MAX_BANDS];
 };
 
+// Floats of a row's state: of the parts merged so far maximum, total and values; of the part at hand maximum, the
+// lanes of total and shifts, values in both bases.
+constexpr int state_size(int dim) { return 2 + dim + 1 + GROUP + NUM_BASES * GROUP + 2 * dim; }
+
 // What one instruction set offers; the tables live in attention.cpp and write.cpp, compiled once for each.
 struct AttentionTable {
-  // Reduce the task's rows over keys [split * SPLIT, ...) into each band's `split`. Returns a KvStatus.
+  // Reduce the task's rows over its keys of [split * SPLIT, ...) into each band's `split`; begins and ends with the
+  // task's state where the task's keys do inside. Returns a KvStatus.
   int (*attend_split)(const KvAttention&, const Task&, int split, Work&);
   // Load the task's query rows into the bands.
   void (*load_queries)(const KvAttention&, const Task&, Work&);
