@@ -24,7 +24,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=HERE / "results")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    alone = ("bench_decode", "bench_prefill", "bench_damage", "bench_allocation", "bench_grouping")
+    alone = (
+        "bench_decode", "bench_prefill", "bench_shared_prefix", "bench_damage", "bench_allocation",
+        "bench_grouping",
+    )  # fmt: skip
     commands = {name: ["--json", str(args.out / f"{name}.json")] for name in alone}
     variants = ("biased_keys", "heavy_tailed_values")
     commands["bench_codec_quality"] = [
@@ -41,6 +44,10 @@ def main() -> int:
             commands[name] = ["--traces", str(args.traces), "--json", str(args.out / f"{name}.json")]
     else:
         print("bench_capacity, _replay and _predict left out: give --traces DIR with the public traces")
+    if os.environ.get("KVTUNE_VLLM_PYTHON"):
+        commands["bench_vllm_attention"] = ["--json", str(args.out / "bench_vllm_attention.json")]
+    else:
+        print("bench_vllm_attention left out: KVTUNE_VLLM_PYTHON names the Python of a vLLM installation")
     failed: list[str] = []
     for name, flags in commands.items():
         print(f"== {name} {' '.join(flags)}", flush=True)
