@@ -11,7 +11,8 @@ help:
 	@echo "make demo   tune the demo model end to end, write $(DEMO_OUT)/report.html"
 	@echo "make test   the test suite"
 	@echo "make check  format, lint, types, import contracts, docs in step"
-	@echo "make proof  slow proofs (KVTUNE_TRACES=DIR, KVTUNE_VLLM_PYTHON=PATH add theirs)"
+	@echo "make proof  slow proofs (KVTUNE_TRACES=DIR, KVTUNE_VLLM_PYTHON=PATH add theirs;"
+	@echo "            apt-get install g++-aarch64-linux-gnu qemu-user adds those of 64-bit ARM)"
 	@echo "make bench  benchmarks, ours and the peers side by side"
 
 env: $(STAMP)
