@@ -18,7 +18,7 @@ from kvtune.codecs import write_kv
 from kvtune.errors import InvariantError, UnsupportedModelError
 from kvtune.kernels import AttentionBatch, Backend, LayerCache, paged_attention
 
-__all__ = ["ATTENTION_NAME", "AttentionLayer", "AttentionStep", "register_attention"]
+__all__ = ["ATTENTION_NAME", "AttentionLayer", "AttentionStep", "attend", "register_attention"]
 
 ATTENTION_NAME = "kvtune_paged"
 
@@ -74,20 +74,38 @@ def _attention_forward(
         raise InvariantError("this model's attention belongs to a kvtune engine: run it through the engine")
     index = int(module.layer_idx)  # type: ignore[arg-type]
     layer = kvtune_step.layers.get(index)
-    if layer is None:
-        raise UnsupportedModelError(f"layer {index} attends, but config.json gives it no KV cache of its own")
-    kvtune_step.calls[index] = kvtune_step.calls.get(index, 0) + 1
-    if sliding_window != layer.window:
+    if layer is not None and sliding_window != layer.window:
         raise UnsupportedModelError(
             f"layer {index} attends with a window of {sliding_window}, its config says {layer.window}: "
             "the model code and config.json disagree"
         )
-    batch = kvtune_step.batches[layer.group]
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    write_kv(layer.cache, k, v, batch.slots, backend=kvtune_step.backend)
-    out = layer.attend(
-        q, layer.cache, batch,
+    out = attend(
+        kvtune_step, index, q, k, v, softcap=softcap, sinks=s_aux,
         scale=scaling if scaling is not None else q.shape[-1] ** -0.5,
-        window=layer.window, softcap=softcap, sinks=s_aux, backend=kvtune_step.backend,
     )  # fmt: skip
     return out.unsqueeze(0), None
+
+
+def attend(
+    step: AttentionStep,
+    index: int,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Write k [N, h, Dk] and v [N, h, Dv] of layer `index`, then attend with q [N, H, Dk]: [N, H, Dv]."""
+    layer = step.layers.get(index)
+    if layer is None:
+        raise UnsupportedModelError(f"layer {index} attends, but config.json gives it no KV cache of its own")
+    step.calls[index] = step.calls.get(index, 0) + 1
+    batch = step.batches[layer.group]
+    write_kv(layer.cache, k, v, batch.slots, backend=step.backend)
+    return layer.attend(
+        q, layer.cache, batch, scale=scale, window=layer.window, softcap=softcap, sinks=sinks,
+        backend=step.backend,
+    )  # fmt: skip

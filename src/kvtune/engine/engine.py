@@ -119,7 +119,7 @@ class Engine(Closing):
         self._scheduler_config = scheduler
         self._runner = ModelRunner(
             loaded.model, self._plan.groups, self._arenas, block_size=cache.block_size, backend=self.backend,
-            pad_rows=config.pad_rows,
+            pad_rows=config.pad_rows, decoder=None if self.backend.name == "reference" else loaded.decoder,
         )  # fmt: skip
         self._scorer = Scorer(self._runner, self._manager, vocab_size=loaded.vocab_size)
         self._states: dict[RequestId, RequestState] = {}

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from kvtune.config import EngineConfig
 from kvtune.engine.attention import ATTENTION_NAME, register_attention
+from kvtune.engine.decoder import Decoder, can_pack, fused_decoder
 from kvtune.engine.detokenizer import TokenDecoder
 from kvtune.engine.rope import fix_rope, rope_regime
 from kvtune.engine.self_test import check_packed_equals_eager
@@ -68,6 +69,8 @@ class LoadedModel:
     weights_sha256: str
     config_sha256: str
     tokenizer_sha256: str | None
+    decoder: Decoder | None = None
+    """Its forward pass with merged matrices, where its architecture has one; else Transformers runs it."""
 
     def check_settings(self, config: EngineConfig) -> None:
         """UsageError unless an engine with these settings can share the model: its dtype, its length and,
@@ -112,9 +115,11 @@ def load_model(
     regime = rope_regime(text_config, max_model_len)
     fix_rope(model, regime)
     _use_attention(model)
-    check_packed_equals_eager(model, spec)
+    is_fused = check_packed_equals_eager(model, spec)
+    weights_sha256 = _tensors_sha256(model) if path is None else files_sha256(weight_files(path))
     return LoadedModel(
         model=model,
+        decoder=_decoder(model, is_ours=path is not None) if is_fused else None,
         spec=spec,
         path=path,
         tokenizer=_read_tokenizer(path) if tokenizer is None and path is not None else tokenizer,
@@ -123,10 +128,18 @@ def load_model(
         rope_regime=regime,
         vocab_size=int(text_config.vocab_size),
         eos_token_ids=_eos_token_ids(model),
-        weights_sha256=_tensors_sha256(model) if path is None else files_sha256(weight_files(path)),
+        weights_sha256=weights_sha256,
         config_sha256=config_sha256(raw),
         tokenizer_sha256=None if path is None else tokenizer_sha256(path),
     )
+
+
+def _decoder(model: PreTrainedModel, *, is_ours: bool) -> Decoder | None:
+    """`is_ours`: nobody else holds the model, so its modules need no copies of packed weights."""
+    decoder = fused_decoder(model)
+    if decoder is not None and can_pack(model.dtype):
+        decoder.pack(keep=not is_ours)
+    return decoder
 
 
 def read_spec(path: Path) -> ModelSpec:

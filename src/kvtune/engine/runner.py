@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kvtune.engine.attention import AttentionLayer, AttentionStep
+from kvtune.engine.decoder import Decoder
 from kvtune.errors import InvariantError, UnsupportedModelError
 from kvtune.kernels import AttentionBatch, Backend, LayerCache, copy_blocks
 from kvtune.spec import KVGroup
@@ -106,7 +107,8 @@ class ModelRunner:
 
     `caches` maps a model layer index to its arena; layers of one group share block ids. `pad_rows`
     pads the rows of the forward and of the output head, so that the shapes of matrix products, and
-    with them their bits, do not depend on how many tokens a step holds.
+    with them their bits, do not depend on how many tokens a step holds. `decoder`: the model's forward
+    pass instead of Transformers'.
     """
 
     def __init__(
@@ -118,8 +120,10 @@ class ModelRunner:
         block_size: int,
         backend: Backend,
         pad_rows: int = 0,
+        decoder: Decoder | None = None,
     ) -> None:
         self._model: Any = model
+        self._decoder = decoder
         self._groups = tuple(groups)
         self._caches = dict(caches)
         self._block_size = block_size
@@ -176,6 +180,11 @@ class ModelRunner:
         return row_multiple(sum(len(chunk.token_ids) for chunk in chunks))
 
     def _run_model(self, packed: PackedStep, step: AttentionStep, keep: IntArray) -> torch.Tensor:
+        if self._decoder is not None:
+            return self._decoder.forward(
+                torch.from_numpy(packed.input_ids), torch.from_numpy(packed.positions), step,
+                torch.from_numpy(keep),
+            )  # fmt: skip
         arguments: dict[str, Any] = {
             "input_ids": torch.from_numpy(packed.input_ids)[None],
             "position_ids": torch.from_numpy(packed.positions)[None],

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kvtune.engine.attention import ATTENTION_NAME
+from kvtune.engine.decoder import Decoder, fused_decoder
 from kvtune.engine.runner import ModelRunner
 from kvtune.errors import UnsupportedModelError
 from kvtune.kernels import LayerCache, choose_backend
@@ -36,10 +37,11 @@ _RELATIVE_TOLERANCE = 0.05
 """Root mean square of the difference over that of the logits, in 16 bit (rounding gives about 0.01)."""
 
 
-def check_packed_equals_eager(model: PreTrainedModel, spec: ModelSpec) -> None:
+def check_packed_equals_eager(model: PreTrainedModel, spec: ModelSpec) -> bool:
     """Raise UnsupportedModelError unless the paged run of `model` equals its own eager run.
 
-    The model must already use kvtune's attention; it is left that way.
+    Returns whether its fused decoder does, too; False where its architecture has none. The model must
+    already use kvtune's attention; it is left that way.
     """
     probe_model = _float32_copy(model)
     groups = spec.kv_groups()
@@ -50,6 +52,8 @@ def check_packed_equals_eager(model: PreTrainedModel, spec: ModelSpec) -> None:
         eager = [_run_eager(probe_model, probe) for probe in probes]
     finally:
         probe_model.set_attn_implementation(ATTENTION_NAME)
+    decoder = fused_decoder(probe_model)
+    fused = [] if decoder is None else _run_paged(probe_model, groups, probes, decoder)
     for probe, mine, own in zip(probes, paged, eager, strict=True):
         difference, limit = _difference(mine, own, probe_model.dtype)
         if not difference < limit:  # refuses NaN too
@@ -59,6 +63,8 @@ def check_packed_equals_eager(model: PreTrainedModel, spec: ModelSpec) -> None:
                 f"{difference:.2g} on a probe of {len(probe)} tokens (limit {limit:g}); layers: {kinds}; "
                 "this family is not supported"
             )
+    distances = [_difference(mine, own, probe_model.dtype) for mine, own in zip(fused, eager, strict=False)]
+    return bool(distances) and all(difference < limit for difference, limit in distances)
 
 
 def _float32_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -78,7 +84,10 @@ def _probes(model: PreTrainedModel, groups: Sequence[KVGroup]) -> list[np.ndarra
 
 
 def _run_paged(
-    model: PreTrainedModel, groups: Sequence[KVGroup], probes: Sequence[np.ndarray]
+    model: PreTrainedModel,
+    groups: Sequence[KVGroup],
+    probes: Sequence[np.ndarray],
+    decoder: Decoder | None = None,
 ) -> list[torch.Tensor]:
     """Logits [len(probe), V] of each probe: all packed, the first halves in one step, then the rest."""
     tables: list[np.ndarray] = []
@@ -88,7 +97,9 @@ def _run_paged(
         tables.append(np.arange(num_blocks, num_blocks + count, dtype=np.int32)[::-1].copy())
         num_blocks += count
     caches = {layer: _probe_cache(group, num_blocks) for group in groups for layer in group.layers}
-    runner = ModelRunner(model, groups, caches, block_size=_BLOCK, backend=choose_backend("reference"))
+    runner = ModelRunner(
+        model, groups, caches, block_size=_BLOCK, backend=choose_backend("reference"), decoder=decoder
+    )
     parts: list[list[torch.Tensor]] = [[] for _ in probes]
     for half in (0, 1):
         chunks = [
