@@ -59,7 +59,7 @@ from kvtune.quality.verdict import Verdict, combine, weigh_divergences
 from kvtune.target import LoadReport, LoadRequest
 from kvtune.testing.reference import reference_model_path
 from kvtune.tune import choose_for_quality
-from kvtune.tune.outcome import gains
+from kvtune.tune.outcome import speed_gains
 
 WORK = Path(tempfile.gettempdir()) / "kvtune-bench-gate"
 SECTIONS = ("speed", "coverage", "damage", "probes", "cost")
@@ -128,7 +128,7 @@ def _speed_study(
     half = len(sides[0]) // 2
     aa = compare_speed(sides[0][half:], sides[0][:half], slo=Slo(), rng=rng)
     ratios = compare_speed(sides[1], sides[0], slo=Slo(), rng=rng)
-    tpot = gains(1.0, 1.0, ratios, aa)["tpot_s.mean"]
+    tpot = speed_gains(ratios, aa)["tpot_s.mean"]
     claim = "none" if not tpot["significant"] else "gain" if tpot["ratio"] < 1 else "loss"
     return {"claim": claim, "ratio": tpot["ratio"], "low": tpot["low"], "high": tpot["high"]}
 

@@ -33,17 +33,23 @@ def gain_entry(ratio: float, low: float, high: float, *, significant: bool, n: i
 
 
 def gains(bytes_ratio: float, held: Estimate, ratios: SpeedRatios, aa: SpeedRatios) -> dict[str, Any]:
-    """Winner / baseline by metric. Bytes are exact; speed counts beyond its interval and the A/A's."""
+    """Winner / baseline by metric; bytes are exact."""
     r = bytes_ratio
-    out = {
+    exact = {
         "kv_bytes_per_token": gain_entry(r, r, r, significant=abs(r - 1) > MIN_BYTES_SAVED, n=1),
         "requests_held": gain_entry(
             held.value, held.low, held.high, significant=held.low > 1 or held.high < 1, n=held.n
         ),
     }
-    for name, e in ratios.ratios.items():
-        out[name] = gain_entry(e.value, e.low, e.high, significant=_is_significant(name, ratios, aa), n=e.n)
-    return out
+    return exact | speed_gains(ratios, aa)
+
+
+def speed_gains(ratios: SpeedRatios, aa: SpeedRatios) -> dict[str, Any]:
+    """Winner / baseline by metric of speed: what counts lies beyond its interval and the A/A's."""
+    return {
+        name: gain_entry(e.value, e.low, e.high, significant=_is_significant(name, ratios, aa), n=e.n)
+        for name, e in ratios.ratios.items()
+    }
 
 
 def _is_significant(name: str, ratios: SpeedRatios, aa: SpeedRatios) -> bool:
