@@ -25,8 +25,8 @@ def main() -> int:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     alone = (
-        "bench_decode", "bench_prefill", "bench_shared_prefix", "bench_damage", "bench_allocation",
-        "bench_grouping",
+        "bench_decode", "bench_prefill", "bench_shared_prefix", "bench_encode", "bench_damage",
+        "bench_allocation", "bench_grouping",
     )  # fmt: skip
     commands = {name: ["--json", str(args.out / f"{name}.json")] for name in alone}
     variants = ("biased_keys", "heavy_tailed_values")

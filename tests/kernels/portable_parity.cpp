@@ -91,7 +91,8 @@ int write(const Case& c, int isa) {
       const int64_t block = c.table[static_cast<size_t>(s * c.width + t / c.block_size)];
       slots.push_back(s == 1 && t < SHARED_TOKENS / c.block_size * c.block_size ? -1 : block * c.block_size + t % c.block_size);
     }
-    const KvWrite args{&c.cache, k.data(), v.data(), slots.data(), LENGTHS[s], 1};
+    const int64_t stride = KV_HEADS * c.dim;
+    const KvWrite args{&c.cache, {k.data(), stride, c.dim, 0}, {v.data(), stride, c.dim, 0}, slots.data(), LENGTHS[s], 1};
     status |= kvtune_write(&args, isa);
   }
   return status;
@@ -132,8 +133,9 @@ double compare(const Case& c, int isa, int& status) {
   Random random{99};
   for (float& x : q) x = random();
   const float scale = 1.0f / std::sqrt(static_cast<float>(c.dim));
-  const KvAttention args{&c.cache, q.data(), out.data(), nullptr, starts.data(), lengths.data(), c.table.data(), nullptr,
-                         c.width, starts.back(), NUM_SEQS, HEADS, 0, scale, 0.0f, 2, 0};
+  const KvAttention args{&c.cache, {q.data(), HEADS * c.dim, c.dim, 0}, out.data(), nullptr, starts.data(),
+                         lengths.data(), c.table.data(), nullptr, c.width, starts.back(), NUM_SEQS, HEADS, 0, scale,
+                         0.0f, 2};
   status |= kvtune_attention(&args, isa);
   double worst = 0;
   for (int s = 0; s < NUM_SEQS; s++) {

@@ -214,6 +214,36 @@ def test_log_sum_exp_is_that_of_the_scores():
     assert (lse[0] - expected).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", "avx2", "portable"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_queries_are_read_where_they_lie(isa, dtype):
+    """A view of [H, n, d], as a model hands it over; the output is contiguous and rounds like torch."""
+    backend = native(isa)
+    case = make_case([70, 33], k_codec="int8", v_codec="bf16", group=4, head_dim=72)
+    heads_first = random_query(case, 30).to(dtype).transpose(0, 1).contiguous()
+    q = heads_first.transpose(0, 1)
+    batch = case.batch([20, 6])
+    found = attend(case, q, batch, backend)
+    assert found.is_contiguous()
+    assert found.dtype == dtype
+    assert torch.equal(found, attend(case, q.contiguous(), batch, backend))
+    assert not found[26:].any()
+
+
+def test_a_cache_whose_planes_move_is_read_anew():
+    backend = native("auto")
+    case = make_case([100], k_codec="n8_rh", v_codec="n8_rh")
+    q = random_query(case, 1)
+    for change in (
+        lambda: case.cache.k_low.drop(case.tables[0][:3].tolist()),
+        lambda: case.cache.k_low.resize(case.cache.k_low.num_rows - 3),
+        lambda: setattr(case.cache, "v_planes", 1),
+    ):
+        change()
+        expected = attend(case, q, case.batch([1]), REFERENCE)
+        assert_close(attend(case, q, case.batch([1]), backend), expected, TOLERANCE["fixed"])
+
+
 def test_a_batch_without_sequences_and_rows_without_tokens_give_zeros():
     case = make_case([20, 20])
     for backend in (REFERENCE, TORCH, choose_backend("auto")):

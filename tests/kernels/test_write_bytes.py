@@ -77,6 +77,22 @@ def test_native_gather_returns_the_same_floats(isa):
         assert torch.equal(found[1], expected[1])
 
 
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_heads_before_tokens_and_other_types_write_the_same_bytes(isa, dtype):
+    """As a model hands them over: a view of [h, n, d], which is read where it lies."""
+    backend = native(isa)
+    for codec in CODECS:
+        layout = PackedLayout(
+            block_size=16, num_kv_heads=3, k_head_dim=72, v_head_dim=40, k_codec=codec, v_codec=codec
+        )
+        k, v = torch.randn(3, 50, 72).to(dtype).transpose(0, 1), torch.randn(50, 3, 80).to(dtype)[..., ::2]
+        expected, found = LayerCache.allocate(layout, 4), LayerCache.allocate(layout, 4)
+        write_kv(expected, k.float().contiguous(), v.float(), torch.arange(50), backend=REFERENCE)
+        write_kv(found, k, v, torch.arange(50), backend=backend)
+        assert torch.equal(found.arena, expected.arena), codec
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_threads_write_the_same_bytes(threads):
     backend = native("auto")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -49,6 +50,8 @@ class LayerCache:
     v_low: LowPlanes | None = None
     k_planes: int = 2
     v_planes: int = 2
+    native_record: tuple[object, Any] | None = field(default=None, init=False, repr=False, compare=False)
+    """What the native library made of the addresses in here, beside what it made it from."""
 
     def __post_init__(self) -> None:
         _check_arena("arena", self.arena, self.layout)

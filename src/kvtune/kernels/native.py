@@ -20,7 +20,7 @@ from kvtune.spec import PackedLayout
 
 __all__ = ["MAX_HEAD_DIM", "NativeLibrary", "library_path"]
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 MAX_HEAD_DIM = 512
 CODEC_NUMBERS = {
     "fp32": 0, "bf16": 1, "fp16": 2, "int8": 3, "int4": 4, "fp8": 5, "int4_rh": 6, "n8_rh": 7, "n4_rh": 8,
@@ -56,11 +56,15 @@ class _Cache(ctypes.Structure):
     _fields_ = (("block_size", c_int32), ("num_kv_heads", c_int32), ("body", _Arena), ("first", _Arena))
 
 
+class _Rows(ctypes.Structure):
+    _fields_ = (("data", c_void_p), ("row_stride", c_int64), ("head_stride", c_int64), ("is_bf16", c_int32))
+
+
 class _Write(ctypes.Structure):
     _fields_ = (
         ("cache", POINTER(_Cache)),
-        ("k", c_void_p),
-        ("v", c_void_p),
+        ("k", _Rows),
+        ("v", _Rows),
         ("slots", c_void_p),
         ("num_tokens", c_int64),
         ("num_threads", c_int32),
@@ -70,7 +74,7 @@ class _Write(ctypes.Structure):
 class _Attention(ctypes.Structure):
     _fields_ = (
         ("cache", POINTER(_Cache)),
-        ("q", c_void_p),
+        ("q", _Rows),
         ("out", c_void_p),
         ("lse", c_void_p),
         ("query_start", c_void_p),
@@ -85,7 +89,6 @@ class _Attention(ctypes.Structure):
         ("scale", c_float),
         ("softcap", c_float),
         ("num_threads", c_int32),
-        ("is_bf16", c_int32),
     )
 
 
@@ -137,12 +140,12 @@ class NativeLibrary:
 
     def write(self, cache: LayerCache, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
         """Encode and store; see kvtune.kernels.store_kv. Slots were checked by the caller."""
-        k, v, slots = _floats(k), _floats(v), slots.to(torch.int64).contiguous()
+        k, v, slots = _readable(k), _readable(v), slots.to(torch.int64).contiguous()
         record = _cache_record(cache, cache.k_low, cache.v_low)
         args = _Write(
-            ctypes.pointer(record),
-            k.data_ptr(),
-            v.data_ptr(),
+            record,
+            _rows(k),
+            _rows(v),
             slots.data_ptr(),
             slots.shape[0],
             torch.get_num_threads(),
@@ -161,14 +164,14 @@ class NativeLibrary:
 
         InvariantError if the batch does not fit `q` or the block table, or names a block that is not there.
         """
-        dtype, q = q.dtype, _floats(q)
-        out = torch.empty(*q.shape[:2], cache.layout.v_head_dim, dtype=torch.float32)
+        dtype, q = q.dtype, _readable(q)
+        out = torch.empty(q.shape[0], q.shape[1], cache.layout.v_head_dim, dtype=q.dtype)
         starts, lengths, table = _index_tensors(batch)
         sinks = None if masking.sinks is None else _floats(masking.sinks)
         record = _cache_record(cache, cache.read_planes("k"), cache.read_planes("v"))
         args = _Attention(
-            ctypes.pointer(record),
-            q.data_ptr(),
+            record,
+            _rows(q),
             out.data_ptr(),
             None if lse is None else lse.data_ptr(),
             starts.data_ptr(),
@@ -183,10 +186,9 @@ class NativeLibrary:
             masking.scale,
             masking.softcap or 0.0,
             torch.get_num_threads(),
-            dtype == torch.bfloat16,
         )
         self._call("kvtune_attention", args)
-        return out.to(dtype)
+        return out if out.dtype is dtype else out.to(dtype)
 
     def saved_tokens(
         self, num_heads: int, cache: LayerCache, batch: AttentionBatch, window: int | None = None
@@ -198,7 +200,7 @@ class NativeLibrary:
         starts, lengths, table = _index_tensors(batch)
         record = _cache_record(cache, cache.read_planes("k"), cache.read_planes("v"))
         args = _Attention(
-            cache=ctypes.pointer(record),
+            cache=record,
             query_start=starts.data_ptr(),
             context_len=lengths.data_ptr(),
             block_table=table.data_ptr(),
@@ -222,7 +224,7 @@ class NativeLibrary:
         v = torch.empty(num_tokens, layout.num_kv_heads, layout.v_head_dim)
         record = _cache_record(cache, cache.read_planes("k"), cache.read_planes("v"))
         args = _Gather(
-            ctypes.pointer(record),
+            record,
             ids.data_ptr(),
             k.data_ptr(),
             v.data_ptr(),
@@ -240,12 +242,26 @@ class NativeLibrary:
 
 def _index_tensors(batch: AttentionBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Starts, lengths and block table as the library reads them."""
-    starts, lengths = batch.query_start.to(torch.int32), batch.context_len.to(torch.int32)
-    return starts.contiguous(), lengths.contiguous(), batch.block_table.to(torch.int32).contiguous()
+    return _int32(batch.query_start), _int32(batch.context_len), _int32(batch.block_table)
+
+
+def _int32(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype is torch.int32 and x.is_contiguous() else x.to(torch.int32).contiguous()
 
 
 def _floats(x: torch.Tensor) -> torch.Tensor:
     return x.detach().to(torch.float32).contiguous()
+
+
+def _readable(x: torch.Tensor) -> torch.Tensor:
+    """[n, heads, dim] as the library reads it: bf16 or float32, dims beside each other; a copy if need be."""
+    if x.dtype is not torch.bfloat16 and x.dtype is not torch.float32:
+        x = x.to(torch.float32)
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
+def _rows(x: torch.Tensor) -> _Rows:
+    return _Rows(x.data_ptr(), x.stride(0), x.stride(1), x.dtype is torch.bfloat16)
 
 
 def _arena_record(arena: torch.Tensor, layout: PackedLayout, centre: torch.Tensor | None) -> _Arena:
@@ -261,11 +277,27 @@ def _set_planes(side: _Side, low: LowPlanes | None) -> None:
         side.low_row, side.num_low_rows = low.row_of.data_ptr(), low.num_rows
 
 
-def _cache_record(cache: LayerCache, k_low: LowPlanes | None, v_low: LowPlanes | None) -> _Cache:
+def _planes_key(low: LowPlanes | None) -> tuple[int, int, int]:
+    return (0, 0, 0) if low is None else (low.arena.data_ptr(), low.row_of.data_ptr(), low.num_rows)
+
+
+def _cache_record(
+    cache: LayerCache, k_low: LowPlanes | None, v_low: LowPlanes | None
+) -> ctypes.Array[_Cache]:
+    """What the library reads of a cache. Made anew only when an address in it changed: it costs ten calls."""
+    centre = 0 if cache.k_centre is None else cache.k_centre.data_ptr()
+    key = (cache.arena.data_ptr(), centre, _planes_key(k_low), _planes_key(v_low))
+    if cache.native_record is None or cache.native_record[0] != key:
+        cache.native_record = (key, _new_record(cache, k_low, v_low))
+    return cache.native_record[1]
+
+
+def _new_record(cache: LayerCache, k_low: LowPlanes | None, v_low: LowPlanes | None) -> ctypes.Array[_Cache]:
     first = _Arena()
     if cache.first_arena is not None and cache.first_layout is not None:
         first = _arena_record(cache.first_arena, cache.first_layout, cache.k_centre)
     body = _arena_record(cache.arena, cache.layout, cache.k_centre)
     _set_planes(body.k, k_low)
     _set_planes(body.v, v_low)
-    return _Cache(cache.layout.block_size, cache.layout.num_kv_heads, body, first)
+    # an array of one is its own pointer
+    return (_Cache * 1)(_Cache(cache.layout.block_size, cache.layout.num_kv_heads, body, first))

@@ -182,9 +182,9 @@ bool fits(const KvAttention& a) {
 }
 
 void clear_padding(const KvAttention& a) {
-  const int64_t width = static_cast<int64_t>(a.num_heads) * a.cache->body.v.head_dim;
+  const int64_t row_bytes = static_cast<int64_t>(a.num_heads) * a.cache->body.v.head_dim * (a.q.is_bf16 ? 2 : 4);
   const int64_t used = a.query_start[a.num_seqs];
-  std::memset(a.out + used * width, 0, static_cast<size_t>((a.num_rows - used) * width) * sizeof(float));
+  std::memset(static_cast<char*>(a.out) + used * row_bytes, 0, static_cast<size_t>((a.num_rows - used) * row_bytes));
 }
 
 int parallel(int64_t count, int num_threads, const std::function<int(int64_t)>& body) {
@@ -218,7 +218,7 @@ template <class F> int guarded(F&& body) {
 
 #define KV_EXPORT extern "C" __attribute__((visibility("default")))
 
-KV_EXPORT int32_t kvtune_abi_version() { return 5; }
+KV_EXPORT int32_t kvtune_abi_version() { return 6; }
 
 // Index of an instruction set by name, or of the best one for "auto"; -1 if this machine or build lacks it.
 KV_EXPORT int32_t kvtune_find_isa(const char* name) {

@@ -95,11 +95,12 @@ KV_INLINE void softmax_rows(const KvAttention& a, Work& work, Band& band, int di
 // A float V group that ends past the context: copy it with the unwritten tokens (anything, NaN too) as 0.
 KV_INLINE void clear_tail(TokenGroup& group, int valid, int dim, Work& work) {
   if (has_scale(group.v_form)) return;  // codes are always finite, and a strip counts only with its weight
-  const int E = elements_per_word(group.v_form), size = 4 / E;
-  __builtin_memcpy(work.v_tail, group.v, static_cast<std::size_t>(GROUP / E) * dim * 4);
-  for (int t = valid; t < GROUP; t++)
-    for (int d = 0; d < dim; d++)
-      __builtin_memset(work.v_tail + (t / E * dim + d) * 4 + t % E * size, 0, size);
+  const int E = elements_per_word(group.v_form), full = valid / E;
+  const std::size_t row_bytes = static_cast<std::size_t>(dim) * 4;
+  __builtin_memset(work.v_tail, 0, row_bytes * (GROUP / E));
+  __builtin_memcpy(work.v_tail, group.v, row_bytes * full);
+  for (int d = 0; d < dim && valid % E != 0; d++)  // the first of the two tokens of a word
+    __builtin_memcpy(work.v_tail + row_bytes * full + d * 4, group.v + row_bytes * full + d * 4, 2);
   group.v = work.v_tail;
 }
 
@@ -298,35 +299,25 @@ KV_INLINE const float* find_bases(const KvCache& cache, const KvSide KvArena::*s
   return is_rotated(body.codec) ? body.centre : first.centre;
 }
 
-// Row r of a task: where it lies in q and out (times the head dim), and its head.
-struct RowPlace {
-  int64_t at;
-  int head;
-};
-KV_INLINE RowPlace find_row(const KvAttention& a, const Task& task, int r) {
-  const int head = task.kv_head * (a.num_heads / a.cache->num_kv_heads) + task.rows[r].member;
-  return {static_cast<int64_t>(task.rows[r].row) * a.num_heads + head, head};
+// The query head of row r of a task.
+KV_INLINE int head_of(const KvAttention& a, const Task& task, int r) {
+  return task.kv_head * (a.num_heads / a.cache->num_kv_heads) + task.rows[r].member;
 }
 
-// Row r of `query`: the source's values in its basis, then in fixed point.
-static void load_query(const float* source, const float* centre, int basis, float scale, int dim, bool is_bf16,
-                       Query& query, int r) {
+// Row r of `query`: the source's values in its basis, then in fixed point where codes ask for it.
+static void load_query(const KvRows& source, int row, int head, const float* centre, int basis, float scale, int dim,
+                       bool wants_fixed, Query& query, int r) {
   float* q = query.q + r * MAX_DIM;
-  for (int d = 0; d < dim; d++) q[d] = source[d];
+  read_row(source, row, head, dim, q);
   for (int d = dim; d % WIDTH != 0; d++) q[d] = 0.0f;
-  if (basis == ROTATED) rotate(q, dim);
   float score = 0.0f;
   if (basis == ROTATED && centre != nullptr)
-    for (int d = 0; d < dim; d++) score += source[d] * centre[d];
+    for (int d = 0; d < dim; d++) score += q[d] * centre[d];
   query.centre[r] = score * scale;
-  quantise_query(query, r, dim);
-  if (!is_bf16) return;
-  uint16_t* bf16 = query.bf16 + r * MAX_DIM;
-  for (int d = 0; d < dim; d++) {
-    uint32_t bits;
-    __builtin_memcpy(&bits, q + d, 4);
-    bf16[d] = static_cast<uint16_t>(bits >> 16);  // exact: that is what it came from
-  }
+  if (basis == ROTATED) rotate(q, dim);
+  if (wants_fixed) quantise_query(query, r, dim);
+  if (has_bf16_products && source.is_bf16 && basis == PLAIN)
+    __builtin_memcpy(query.bf16 + r * MAX_DIM, bf16_row(source, row, head), static_cast<std::size_t>(dim) * 2);
 }
 
 static void load_queries(const KvAttention& a, const Task& task, Work& work) {
@@ -336,17 +327,17 @@ static void load_queries(const KvAttention& a, const Task& task, Work& work) {
   find_bases(cache, &KvArena::v, work.has_values);
   const float* centre = find_bases(cache, &KvArena::k, has_keys);
   if (centre != nullptr) centre += static_cast<int64_t>(task.kv_head) * Dk;
+  const bool wants_fixed = has_scale(cache.body.k.codec) || (cache.first.num_blocks > 0 && has_scale(cache.first.k.codec));
   for (int b = 0; b < bands; b++) {
     Band& band = work.band[b];
     band.num_rows = bands >= PANEL_BANDS ? MAX_ROWS : band_rows(task, b);
     for (int r = 0; r < band.num_rows; r++) {
       const int row = min_of(b * MAX_ROWS + r, task.num_rows - 1);
-      const RowPlace place = find_row(a, task, row);
       band.position[r] = task.rows[row].position;
       for (int basis = 0; basis < NUM_BASES; basis++)
         if (has_keys[basis])
-          load_query(a.q + place.at * Dk, centre, basis, a.scale, Dk, a.is_bf16 && basis == PLAIN, band.query[basis],
-                     r);
+          load_query(a.q, task.rows[row].row, head_of(a, task, row), centre, basis, a.scale, Dk, wants_fixed,
+                     band.query[basis], r);
     }
   }
 }
@@ -365,20 +356,32 @@ static void merge(const Partial& part, Partial& running, int rows, int dim) {
   }
 }
 
+// `acc` x factor to out, as bf16 rounded to nearest even.
+KV_INLINE void store_row(void* out, int64_t at, bool is_bf16, const float* acc, float factor, int dim) {
+  if (!is_bf16) {
+    float* row = static_cast<float*>(out) + at;
+    for (int d = 0; d < dim; d++) row[d] = acc[d] * factor;
+    return;
+  }
+  uint16_t* row = static_cast<uint16_t*>(out) + at;
+  for (int d = 0; d < dim; d++) row[d] = to_bf16(acc[d] * factor);
+}
+
 static void finish(const KvAttention& a, const Task& task, int band, const Partial& result) {
   const int Dv = a.cache->body.v.head_dim;
   for (int r = 0; r < band_rows(task, band); r++) {
-    const RowPlace place = find_row(a, task, band * MAX_ROWS + r);
+    const int head = head_of(a, task, band * MAX_ROWS + r);
+    const int64_t at = static_cast<int64_t>(task.rows[band * MAX_ROWS + r].row) * a.num_heads + head;
     float maximum = result.maximum[r], total = result.total[r], keep = 1.0f;
     if (a.sinks != nullptr) {
-      const float sink = a.sinks[place.head], with_sink = max_of(maximum, sink);
+      const float sink = a.sinks[head], with_sink = max_of(maximum, sink);
       keep = exp_of(maximum - with_sink);
       total = total * keep + exp_of(sink - with_sink);
       maximum = with_sink;
     }
     const float factor = keep / total;
     const float* acc = result.acc + r * MAX_DIM;
-    for (int d = 0; d < Dv; d++) a.out[place.at * Dv + d] = acc[d] * factor;
-    if (a.lse != nullptr) a.lse[place.at] = maximum + __builtin_logf(total);
+    store_row(a.out, at * Dv, a.q.is_bf16, acc, factor, Dv);
+    if (a.lse != nullptr) a.lse[at] = maximum + __builtin_logf(total);
   }
 }

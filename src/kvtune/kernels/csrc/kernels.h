@@ -44,10 +44,18 @@ struct KvCache {
   KvArena first;
 };
 
+// Rows [n, heads, dim] of float or, where `is_bf16`, bf16; strides in elements, dims beside each other.
+struct KvRows {
+  const void* data;
+  int64_t row_stride;
+  int64_t head_stride;
+  int32_t is_bf16;
+};
+
 struct KvWrite {
   const KvCache* cache;
-  const float* k;  // [num_tokens, h, Dk]
-  const float* v;  // [num_tokens, h, Dv]
+  KvRows k;  // [num_tokens, h, Dk]
+  KvRows v;  // [num_tokens, h, Dv]
   const int64_t* slots;
   int64_t num_tokens;
   int32_t num_threads;
@@ -55,8 +63,8 @@ struct KvWrite {
 
 struct KvAttention {
   const KvCache* cache;
-  const float* q;  // [rows, H, Dk]
-  float* out;      // [rows, H, Dv]
+  KvRows q;        // [rows, H, Dk]; if bf16, products with bf16 keys and values may be of bf16 with bf16
+  void* out;       // [rows, H, Dv], contiguous, of q's type
   float* lse;      // [rows, H] log-sum-exp, sink included, or null
   const int32_t* query_start;
   const int32_t* context_len;
@@ -70,7 +78,6 @@ struct KvAttention {
   float scale;
   float softcap;  // 0: none
   int32_t num_threads;
-  int32_t is_bf16;  // q was bf16: products with bf16 keys and values may be of bf16 with bf16
 };
 
 struct KvGather {

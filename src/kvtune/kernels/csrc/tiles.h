@@ -73,8 +73,8 @@ static void view_task(const KvAttention& a, const Task& task, Finder& finder) {
   finder.num_groups = (a.context_len[task.seq] + GROUP - 1) / GROUP;
   const KvArena* arenas[2] = {&cache.body, cache.first.num_blocks > 0 ? &cache.first : &cache.body};
   for (int i = 0; i < 2; i++) {
-    finder.k[i] = view_side(arenas[i]->k, B, task.kv_head, a.is_bf16);
-    finder.v[i] = view_side(arenas[i]->v, B, task.kv_head, a.is_bf16);
+    finder.k[i] = view_side(arenas[i]->k, B, task.kv_head, a.q.is_bf16);
+    finder.v[i] = view_side(arenas[i]->v, B, task.kv_head, a.q.is_bf16);
   }
 }
 

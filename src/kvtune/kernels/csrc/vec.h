@@ -77,6 +77,38 @@ template <int N = WIDTH> KV_INLINE float horizontal_max(VF x) {
   }
 }
 
+KV_INLINE uint32_t bits_of(float x) {
+  uint32_t u;
+  __builtin_memcpy(&u, &x, 4);
+  return u;
+}
+KV_INLINE float float_of(uint32_t u) {
+  float x;
+  __builtin_memcpy(&x, &u, 4);
+  return x;
+}
+
+// Nearest even; every NaN is 0x7fc0.
+KV_INLINE uint16_t to_bf16(float x) {
+  const uint32_t u = bits_of(x);
+  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1)) >> 16;
+  return static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+KV_INLINE const uint16_t* bf16_row(const KvRows& rows, int64_t row, int head) {
+  return static_cast<const uint16_t*>(rows.data) + row * rows.row_stride + head * rows.head_stride;
+}
+// One row and head as floats.
+KV_INLINE void read_row(const KvRows& rows, int64_t row, int head, int dim, float* out) {
+  if (!rows.is_bf16) {
+    const float* source = static_cast<const float*>(rows.data) + row * rows.row_stride + head * rows.head_stride;
+    __builtin_memcpy(out, source, static_cast<std::size_t>(dim) * 4);
+    return;
+  }
+  const uint16_t* source = bf16_row(rows, row, head);
+  for (int d = 0; d < dim; d++) out[d] = float_of(static_cast<uint32_t>(source[d]) << 16);
+}
+
 // fp16 in the low 16 bits of each lane -> float. Exact, subnormals included; inf and NaN stay what they are.
 KV_INLINE VF half_to_float(VU h) {
   const VU magnitude = (h & 0x7fffu) << 13;
@@ -290,10 +322,44 @@ KV_INLINE int rotation_block(int dim) {
   return block;
 }
 
+// Each lane becomes the one `SIZE` away.
+template <int SIZE> KV_INLINE VF swapped(VF x) {
+#if defined(__clang__)
+  VF y;
+  for (int i = 0; i < WIDTH; i++) y[i] = x[i ^ SIZE];
+  return y;
+#else
+  return __builtin_shuffle(x, lane_index() ^ SIZE);
+#endif
+}
+template <int SIZE> KV_INLINE VF butterfly(VF x, int block) {
+  if constexpr (SIZE < WIDTH) {
+    if (SIZE >= block) return x;
+    const VF y = swapped<SIZE>(x);
+    return select((lane_index() & SIZE) != 0, y - x, x + y);
+  }
+  return x;
+}
+// The steps of a rotation that stay inside a vector.
+KV_INLINE VF butterflies(VF x, int block) {
+  x = butterfly<1>(x, block);
+  x = butterfly<2>(x, block);
+  x = butterfly<4>(x, block);
+  return butterfly<8>(x, block);
+}
+
 // x <- H x, orthonormal and its own inverse; the order of additions is that of kvtune/kernels/rotation.py.
 static inline void rotate(float* x, int dim) {
-  const int block = rotation_block(dim);
-  for (int size = 1; size < block; size *= 2)
+  const int block = rotation_block(dim), whole = dim / WIDTH * WIDTH;
+  for (int d = 0; d < whole; d += WIDTH) store(x + d, butterflies(load<VF>(x + d), block));
+  for (int size = 1; size < WIDTH && size < block; size *= 2)  // dims that fill no vector
+    for (int i = whole; i < dim; i += 2 * size)
+      for (int j = i; j < i + size; j++) {
+        const float a = x[j], b = x[j + size];
+        x[j] = a + b;
+        x[j + size] = a - b;
+      }
+  for (int size = WIDTH; size < block; size *= 2)
     for (int i = 0; i < dim; i += 2 * size)
       for (int j = i; j < i + size; j++) {
         const float a = x[j], b = x[j + size];

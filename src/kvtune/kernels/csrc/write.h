@@ -1,16 +1,6 @@
 // Encode and store, decode and gather, for one instruction set. Included inside its namespace, after vec.h,
 // in a file compiled without contraction: the bytes equal those of kvtune/kernels/quantise.py.
 
-KV_INLINE uint32_t bits_of(float x) {
-  uint32_t u;
-  __builtin_memcpy(&u, &x, 4);
-  return u;
-}
-KV_INLINE float float_of(uint32_t u) {
-  float x;
-  __builtin_memcpy(&x, &u, 4);
-  return x;
-}
 KV_INLINE bool is_finite(float x) { return (bits_of(x) & 0x7f800000u) != 0x7f800000u; }
 
 // Round to nearest even. Finite values beyond 65504 saturate (`saturate_fp16` before), NaN is 0x7e00.
@@ -22,11 +12,6 @@ KV_INLINE uint16_t to_fp16(float x) {
   if (u >= 0x47800000u) return static_cast<uint16_t>(sign | 0x7c00);  // infinity
   if (u < 0x38800000u) return static_cast<uint16_t>(sign | (bits_of(float_of(u) + 0.5f) - 0x3f000000u));
   return static_cast<uint16_t>(sign | ((u - 0x38000000u + 0xfffu + ((u >> 13) & 1)) >> 13));
-}
-KV_INLINE uint16_t to_bf16(float x) {
-  const uint32_t u = bits_of(x);
-  if ((u & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
-  return static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1)) >> 16);
 }
 KV_INLINE float clamp(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
 KV_INLINE float saturate_fp16(float x) { return is_finite(x) ? clamp(x, -65504.0f, 65504.0f) : x; }
@@ -42,11 +27,11 @@ KV_INLINE uint8_t to_fp8(float x) {
   return static_cast<uint8_t>(sign | ((magnitude - 0x3c000000u + 0x7ffffu + ((magnitude >> 20) & 1)) >> 20));
 }
 
-// One vector's strip, its codes, and for nested codes the nibbles below them.
+// One vector's strip, its codes (those of float codecs little-endian), and for nested codes the nibbles below them.
 struct Quantised {
   uint16_t scale;
   uint16_t minimum;
-  uint8_t codes[MAX_DIM];
+  alignas(64) uint8_t codes[MAX_DIM * 4];
   uint8_t low[MAX_DIM];
 };
 
@@ -117,8 +102,22 @@ static void to_stored_basis(const float* x, const float* centre, int dim, float*
   rotate(out, dim);
 }
 
+// The codes of a float codec.
+static void cast(int codec, const float* x, int dim, uint8_t* codes) {
+  if (codec == KV_FP32)
+    for (int d = 0; d < dim; d++) {
+      const uint32_t code = x[d] != x[d] ? 0x7fc00000u : bits_of(x[d]);
+      __builtin_memcpy(codes + d * 4, &code, 4);
+    }
+  for (int d = 0; d < dim && codec != KV_FP32; d++) {
+    const uint16_t code = codec == KV_BF16 ? to_bf16(x[d]) : to_fp16(saturate_fp16(x[d]));
+    __builtin_memcpy(codes + d * 2, &code, 2);
+  }
+}
+
 static void quantise(const KvSide& side, int head, const float* x, Quantised& out) {
   const int dim = side.head_dim;
+  if (!has_scale(side.codec)) return cast(side.codec, x, dim, out.codes);
   float rotated[MAX_DIM];
   if (is_rotated(side.codec)) {
     to_stored_basis(x, side.centre == nullptr ? nullptr : side.centre + static_cast<int64_t>(head) * dim, dim, rotated);
@@ -135,54 +134,48 @@ static void quantise(const KvSide& side, int head, const float* x, Quantised& ou
   }
 }
 
-// Little-endian bytes of element x in a float codec.
-KV_INLINE uint32_t float_code(int codec, float x) {
-  if (codec == KV_BF16) return to_bf16(x);
-  if (codec == KV_FP16) return to_fp16(saturate_fp16(x));
-  return x != x ? 0x7fc00000u : bits_of(x);
-}
-
 // `at`: word 0 of the token; consecutive words of K are 64 bytes apart.
-static void store_k(int codec, const float* x, const uint8_t* codes, int dim, uint8_t* at) {
-  const int E = elements_per_word(codec), size = 4 / (E < 4 ? E : 4);
+static void store_k(int codec, const uint8_t* codes, int dim, uint8_t* at) {
+  const int E = elements_per_word(codec);
   for (int w = 0; w < dim / E; w++, at += 64) {
-    if (E == 8) {
-      const uint8_t* c = codes + w * 8;
-      for (int b = 0; b < 4; b++) at[b] = static_cast<uint8_t>(c[b] | c[b + 4] << 4);
-    } else if (E == 4) {
+    if (E < 8) {
       __builtin_memcpy(at, codes + w * 4, 4);
     } else {
-      for (int j = 0; j < E; j++) {
-        const uint32_t code = float_code(codec, x[w * E + j]);
-        __builtin_memcpy(at + j * size, &code, size);
-      }
+      uint32_t low, high;
+      __builtin_memcpy(&low, codes + w * 8, 4);
+      __builtin_memcpy(&high, codes + w * 8 + 4, 4);
+      low |= high << 4;
+      __builtin_memcpy(at, &low, 4);
     }
   }
 }
 
+// SIZE bytes each, 4 bytes apart.
+template <int SIZE> KV_INLINE void spread(const uint8_t* codes, int dim, uint8_t* at) {
+  for (int d = 0; d < dim; d++) __builtin_memcpy(at + d * 4, codes + d * SIZE, SIZE);
+}
+
 // `at`: the word row of the token's E neighbours; consecutive dims are 4 bytes apart; `j`: token in the word.
-static void store_v(int codec, const float* x, const uint8_t* codes, int dim, uint8_t* at, int j) {
+static void store_v(int codec, const uint8_t* codes, int dim, uint8_t* at, int j) {
   const int E = elements_per_word(codec);
-  if (E == 8) {
-    const int shift = 4 * (j / 4);
-    at += j % 4;
-    for (int d = 0; d < dim; d++)
-      at[d * 4] = static_cast<uint8_t>((at[d * 4] & ~(15 << shift)) | codes[d] << shift);
-  } else if (E == 4) {
-    for (int d = 0; d < dim; d++) at[d * 4 + j] = codes[d];
-  } else {
-    const int size = 4 / E;
-    for (int d = 0; d < dim; d++) {
-      const uint32_t code = float_code(codec, x[d]);
-      __builtin_memcpy(at + d * 4 + j * size, &code, size);
-    }
+  if (E == 1) return spread<4>(codes, dim, at);
+  if (E == 2) return spread<2>(codes, dim, at + j * 2);
+  if (E == 4) return spread<1>(codes, dim, at + j);
+  const int shift = 8 * (j % 4) + 4 * (j / 4);
+  for (int d = 0; d < dim; d++) {
+    uint32_t word;
+    __builtin_memcpy(&word, at + d * 4, 4);
+    word = (word & ~(15u << shift)) | static_cast<uint32_t>(codes[d]) << shift;
+    __builtin_memcpy(at + d * 4, &word, 4);
   }
 }
 
 static int write_head(const KvWrite& a, int head, int side_index) {
   const KvCache& cache = *a.cache;
-  const int B = cache.block_size, h = cache.num_kv_heads;
+  const int B = cache.block_size;
+  const KvRows& source = side_index == 0 ? a.k : a.v;
   Quantised z;
+  alignas(64) float x[MAX_DIM];
   for (int64_t n = 0; n < a.num_tokens; n++) {
     if (a.slots[n] < 0) continue;
     int64_t block = a.slots[n] / B;
@@ -191,7 +184,7 @@ static int write_head(const KvWrite& a, int head, int side_index) {
     if (arena == nullptr) return KV_BAD_BLOCK;
     const KvSide& side = side_index == 0 ? arena->k : arena->v;
     const int dim = side.head_dim, E = elements_per_word(side.codec);
-    const float* x = (side_index == 0 ? a.k : a.v) + (n * h + head) * dim;
+    read_row(source, n, head, dim, x);
     quantise(side, head, x, z);
     uint8_t* base = arena->data + block * arena->block_bytes;
     uint8_t* codes = base + side.codes_offset;
@@ -199,11 +192,11 @@ static int write_head(const KvWrite& a, int head, int side_index) {
     const int64_t at = side_index == 0 ? (token / GROUP * GROUP) / E * dim * 4 + token % GROUP * 4 : token / E * dim * 4;
     uint8_t* low = low_plane(side, block);
     if (side_index == 0) {
-      store_k(side.codec, x, z.codes, dim, codes + at);
-      if (low != nullptr) store_k(side.codec, x, z.low, dim, low + at);
+      store_k(side.codec, z.codes, dim, codes + at);
+      if (low != nullptr) store_k(side.codec, z.low, dim, low + at);
     } else {
-      store_v(side.codec, x, z.codes, dim, codes + at, static_cast<int>(token % E));
-      if (low != nullptr) store_v(side.codec, x, z.low, dim, low + at, static_cast<int>(token % E));
+      store_v(side.codec, z.codes, dim, codes + at, static_cast<int>(token % E));
+      if (low != nullptr) store_v(side.codec, z.low, dim, low + at, static_cast<int>(token % E));
     }
     uint8_t* strip = base + side.strip_offset;
     const int values = strip_values(side.codec);
