@@ -1,17 +1,26 @@
 """Half of the KV budget goes away during a run: preempting against reversible precision.
 
-    python benchmarks/bench_squeeze.py [--margin balanced] [--load 0.65] [--repetitions 5] [--json OUT]
+    python benchmarks/bench_squeeze.py [--margin balanced] [--loads 0.4,0.5,0.6,0.7,0.8] [--json OUT]
 
 Both arms serve the same generated chats from the bundled model with keys and values in `n8_rh`, at the same
-arrivals; only one may drop low planes, and only of layers and sides whose 4-bit reading, all of it at once,
-passed the gate's replay on other chats. The SLO is fixed before: twice the p95 TTFT and TPOT of requests
-that run alone. `load` is the share of the full budget that requests under way hold on average, shared
-prefixes once, as measured in a closed loop (arrivals that leave gaps hold less); the budget is halved after a
-quarter of the requests have come and given back after three quarters. Goodput: requests within the SLO per
-second of the whole run. Seconds are those of this process's CPU (one thread) unless `--clock wall`.
+Poisson arrivals, each asking for half to one and a half of `--output` tokens. Only one may drop low planes,
+and only of layers and sides whose 4-bit reading, all of it at once, passed the gate's replay on other chats.
+The budget is halved when a quarter of the requests have come and given back after three quarters.
 
-Bits are checked apart, in float32 with padded rows: blocks written before the squeeze, and answers of
-requests admitted after it, against an engine that saw none.
+Everything that could favour an arm is fixed before either runs, in this order:
+
+1. The SLO: twice the p95 TTFT and TPOT of requests that run alone.
+2. The rate: `--pace` (0.8) of what the largest batch of IN_FLIGHT yields whose requests, 95 % of them, keep
+   the SLO in a closed loop with memory to spare.
+3. What requests hold: bytes of referenced blocks, shared ones once, mean over the time in which half would
+   be gone, in open-loop runs of the same arrivals with memory to spare. A budget of `load` is that over
+   `load`.
+4. The load that decides: the highest of `--loads` at which the full budget, never halved, holds 95 % of the
+   requests (median of the repetitions). The other loads are run once and shown: far below it halving hurts
+   nobody, above it the budget was too small before it was halved.
+
+Goodput: requests within the SLO per second of the whole run. Seconds are those of this process's CPU (one
+thread) unless `--clock wall`. Bits are checked apart (`squeeze_bits.py`).
 """
 
 from __future__ import annotations
@@ -24,12 +33,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from squeeze_bits import BITS_KEPT, check_bits
 
 from kvtune import CacheConfig, Engine, EngineConfig, SamplingParams, SchedulerConfig
 from kvtune.adapters.prompt_encoder import prompt_encoder
@@ -48,13 +58,18 @@ from kvtune.quality import (
     record_reference,
     replay,
 )
-from kvtune.spec import KVFormat, growth_bytes_per_token
 from kvtune.testing.reference import reference_model_path
 from kvtune.types import RequestOutput
 from kvtune.workload import TokenRequest, demo_chat, materialise
 
-ARMS = ("preempting", "reversible")
+FULL, PREEMPTING, REVERSIBLE = ARMS = ("full", "preempting", "reversible")
 WANTED = 1.3
+HELD = 0.95
+"""Share of requests within the SLO that a budget or a batch must reach."""
+IN_FLIGHT = (4, 8, 12, 16, 24, 32)
+SPARE = "256MiB"
+SAMPLE_STEPS = 16
+"""Steps between two looks at what is held."""
 Planes = dict[int, tuple[int, int]]
 NESTED = {"k_codec": "n8_rh", "v_codec": "n8_rh"}
 
@@ -69,9 +84,20 @@ class Slo:
     unloaded_tpot_p95_s: float
 
 
+@dataclass(frozen=True)
+class Arrival:
+    """One request of a run and when it comes [s from the start]."""
+
+    prompt: list[int]
+    max_tokens: int
+    at_s: float
+
+
 @dataclass
 class Run:
-    """One arm's run. `held`: requests within the SLO; `squeezed`: those that came while half was gone."""
+    """One arm's run. `held`: requests within the SLO; `squeezed`: those that came while half was gone.
+    `mean_held_bytes`: what running requests held then, over time. `lowered_at_end`: blocks without their low
+    plane when the last planes have come back."""
 
     goodput: float
     held: int
@@ -82,15 +108,46 @@ class Run:
     duration_s: float
     ttft_p95_s: float
     tpot_p95_s: float
+    mean_held_bytes: float
+    mean_running: float
     preemptions: int
     recomputed_tokens: int
     lowered_requests: int
     dropped_planes: int
     restored_planes: int
     lost_planes: int
+    lowered_at_end: int
     bytes_moved: int
     peak_arena_bytes: int
     peak_over_budget_bytes: int
+
+
+@dataclass
+class Point:
+    """All runs at one load."""
+
+    load: float
+    budget_bytes: int
+    runs: dict[str, list[Run]] = field(default_factory=lambda: {arm: [] for arm in ARMS})
+
+    @property
+    def share_held(self) -> float:
+        """Of the full budget's requests, median of its runs."""
+        return statistics.median(r.held / r.num_requests for r in self.runs[FULL])
+
+    @property
+    def ratios(self) -> list[float]:
+        """Goodput, reversible over preempting, pair by pair."""
+        pairs = zip(self.runs[REVERSIBLE], self.runs[PREEMPTING], strict=True)
+        return [a.goodput / b.goodput if b.goodput else float("inf") for a, b in pairs]
+
+    def to_dict(self) -> dict[str, Any]:
+        goodput = {arm: statistics.median(r.goodput for r in runs) for arm, runs in self.runs.items() if runs}
+        return {
+            "load": self.load, "budget_bytes": self.budget_bytes, "share_held_by_full": self.share_held,
+            "goodput": goodput, "ratio": statistics.median(self.ratios), "ratios": self.ratios,
+            "runs": {arm: [asdict(run) for run in runs] for arm, runs in self.runs.items()},
+        }  # fmt: skip
 
 
 class Clock:
@@ -126,6 +183,17 @@ def chats(loaded: LoadedModel, model: Path, count: int, *, seed: int, shortest: 
     return fitting[:count]
 
 
+def arrivals(requests: Sequence[TokenRequest], per_s: float, output: int, *, seed: int) -> list[Arrival]:
+    """A Poisson stream; outputs of half to one and a half of `output` tokens."""
+    rng = np.random.default_rng(seed)
+    at_s = np.cumsum(rng.exponential(1 / per_s, len(requests)))
+    lengths = rng.integers(output - output // 2, output + output // 2 + 1, len(requests))
+    return [
+        Arrival(list(r.prompt_token_ids), int(n), float(at))
+        for r, n, at in zip(requests, lengths, at_s, strict=True)
+    ]
+
+
 # --- what may be read
 
 
@@ -133,7 +201,9 @@ def engine_of(loaded: LoadedModel, args: argparse.Namespace, **cache: Any) -> En
     return Engine(
         loaded,
         cache=CacheConfig(**cache),
-        scheduler=SchedulerConfig(max_num_batched_tokens=args.batched_tokens, watermark=args.watermark),
+        scheduler=SchedulerConfig(
+            max_num_batched_tokens=args.batched_tokens, watermark=args.watermark, admission=args.admission
+        ),
         config=EngineConfig(num_threads=args.threads),
         clock=args.time.now,
     )
@@ -148,9 +218,9 @@ def prove(
 ) -> tuple[Planes, QualityVerdict | None, list[dict[str, Any]]]:
     """The sides whose 4-bit reading passes together, the dearest in KL left out, and the last PASS."""
     rng = np.random.default_rng(args.seed)
-    with running(engine_of(loaded, args, kv_budget="256MiB"), args) as baseline:
+    with running(engine_of(loaded, args, kv_budget=SPARE), args) as baseline:
         reference = record_reference(baseline, requests, ReplaySettings(num_decode=0), num_decode=0)
-    with running(engine_of(loaded, args, kv_budget="256MiB", **NESTED), args) as nested:
+    with running(engine_of(loaded, args, kv_budget=SPARE, **NESTED), args) as nested:
         before = replay(nested, reference)
 
         def reading(planes: Planes):
@@ -185,11 +255,19 @@ def planes_of(sides: Sequence[tuple[int, str]]) -> Planes:
     }
 
 
-# --- one run
+# --- what is fixed beforehand
 
 
-def sampling(args: argparse.Namespace) -> SamplingParams:
-    return SamplingParams(max_tokens=args.output, temperature=0.0, ignore_eos=True)
+def sampling(max_tokens: int) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+
+
+def warm(engine: Engine, requests: Sequence[TokenRequest]) -> None:
+    """Meet every batch up to the largest once: kernels are compiled for the shapes they see."""
+    for i, request in enumerate(requests[: max(IN_FLIGHT)]):
+        engine.add_request(f"warm{i}", list(request.prompt_token_ids), sampling(4 + i))
+    while engine.has_unfinished:
+        engine.step(finished_only=True)
 
 
 def alone(engine: Engine, requests: Sequence[TokenRequest], args: argparse.Namespace) -> Slo:
@@ -197,89 +275,136 @@ def alone(engine: Engine, requests: Sequence[TokenRequest], args: argparse.Names
     ttft, tpot = [], []
     for request in requests:
         engine.reset_prefix_cache()
-        metrics = engine.generate([list(request.prompt_token_ids)], sampling(args))[0].metrics
+        metrics = engine.generate([list(request.prompt_token_ids)], sampling(args.output))[0].metrics
         ttft.append(metrics.ttft_s or 0.0)
         tpot.append(metrics.tpot_s or 0.0)
     a, b = float(np.quantile(ttft, 0.95)), float(np.quantile(tpot, 0.95))
     return Slo(2 * a, 2 * b, a, b)
 
 
+def fastest_rate(
+    loaded: LoadedModel, requests: Sequence[TokenRequest], slo: Slo, args: argparse.Namespace
+) -> tuple[float, list[dict[str, float]]]:
+    """Requests per second of the largest batch that keeps the SLO, and what each batch tried did."""
+    tried: list[dict[str, float]] = []
+    fastest = 0.0
+    for count in IN_FLIGHT:
+        with engine_of(loaded, args, kv_budget=SPARE, **NESTED) as engine:
+            share, per_s = closed_loop(engine, requests, count, slo, args)
+        tried.append({"in_flight": count, "share_held": share, "requests_per_s": per_s})
+        if share < HELD:
+            break
+        fastest = per_s
+    if not fastest:
+        raise KVTuneError(f"not even {IN_FLIGHT[0]} requests at a time keep the SLO on this machine")
+    return fastest, tried
+
+
 def closed_loop(
-    engine: Engine, requests: Sequence[TokenRequest], count: int, args: argparse.Namespace
+    engine: Engine, requests: Sequence[TokenRequest], count: int, slo: Slo, args: argparse.Namespace
 ) -> tuple[float, float]:
-    """Mean seconds a request takes while `count` of them run, and mean bytes they hold together, shared
-    prefixes once: from these follow the arrival rate and the budget of a load."""
-    engine.reset_prefix_cache()
-    left = list(requests[: 4 * count])
-    live, seconds, held = 0, list[float](), list[int]()
-    while left or engine.has_unfinished:
+    """`count` requests run at any time: the share within the SLO, and requests per second, of those that
+    came while others ran, until no more come."""
+    left = list(requests[: 4 * count])[::-1]
+    rng = np.random.default_rng(args.seed)
+    live, sent, start = 0, 0, 0.0
+    held: list[bool] = []
+    while left:
         while left and live < count:
-            request = left.pop()
-            engine.add_request(request.request_id, list(request.prompt_token_ids), sampling(args))
-            live += 1
+            tokens = int(rng.integers(args.output // 2, args.output + args.output // 2 + 1))
+            engine.add_request(str(sent), list(left.pop().prompt_token_ids), sampling(tokens))
+            live, sent = live + 1, sent + 1
         for output in engine.step(finished_only=True):
             live -= 1
-            seconds.append(output.metrics.e2e_s or 0.0)
-        if left and live == count:
-            held.append(engine.memory().referenced_bytes)
-    return statistics.mean(seconds), statistics.mean(held)
+            if int(output.request_id) >= count:  # not of the first, which all come at once
+                held.append(within(output, slo))
+            else:
+                start = start or args.time.now()
+    return statistics.mean(held), (len(held) + count) / (args.time.now() - start)
 
 
-def arrivals(count: int, interval_s: float, seed: int) -> list[float]:
-    """Evenly spaced, each moved by up to a quarter of the interval."""
-    jitter = np.random.default_rng(seed).uniform(-0.25, 0.25, count)
-    return [max(0.0, (i + j) * interval_s) for i, j in enumerate(jitter)]
+# --- one run
+
+
+class Watch:
+    """Looks at the memory of a run now and then: means over time while half is gone, and peaks."""
+
+    def __init__(self, engine: Engine, clock: Clock) -> None:
+        self._engine, self._clock = engine, clock
+        self._at_s = clock.now()
+        self._held: list[tuple[float, float, float]] = []  # seconds, bytes, running requests
+        self.peak_arena = self.peak_over = 0
+
+    def look(self, *, counts: bool) -> None:
+        memory, now = self._engine.memory(), self._clock.now()
+        if counts:
+            self._held.append((now - self._at_s, memory.referenced_bytes, self._engine.num_running))
+        self._at_s = now
+        self.peak_arena = max(self.peak_arena, memory.arena_used_bytes)
+        self.peak_over = max(self.peak_over, memory.resident_bytes - memory.budget_bytes)
+
+    def mean(self) -> tuple[float, float]:
+        """Bytes held and requests running, over time."""
+        seconds, held, running = np.array(self._held or [(1.0, 0.0, 0.0)]).T
+        return float(np.average(held, weights=seconds)), float(np.average(running, weights=seconds))
 
 
 def serve(
-    engine: Engine,
-    requests: Sequence[TokenRequest],
-    at_s: Sequence[float],
-    slo: Slo,
-    args: argparse.Namespace,
+    engine: Engine, stream: Sequence[Arrival], slo: Slo, args: argparse.Namespace, *, is_halved: bool
 ) -> Run:
-    full = engine.kv_budget_bytes
-    first, last = len(requests) // 4, 3 * len(requests) // 4
+    """`is_halved`: half of the budget goes away while the middle half of the requests come."""
+    full, clock = engine.kv_budget_bytes, args.time
+    first, last = len(stream) // 4, 3 * len(stream) // 4
     outputs: dict[str, RequestOutput] = {}
-    clock = args.time
-    start, sent, peak_arena, peak_over = clock.now(), 0, 0, 0
-    while sent < len(requests) or engine.has_unfinished:
+    watch, start, sent, steps = Watch(engine, clock), clock.now(), 0, 0
+    while sent < len(stream) or engine.has_unfinished:
         now = clock.now() - start
-        while sent < len(requests) and at_s[sent] <= now:
-            if sent == first:
-                engine.set_kv_budget(full // 2)
-            if sent == last:
-                engine.set_kv_budget(full)
-            engine.add_request(
-                str(sent), list(requests[sent].prompt_token_ids), sampling(args), arrival_s=start + at_s[sent]
-            )
+        while sent < len(stream) and stream[sent].at_s <= now:
+            if is_halved and sent in (first, last):
+                engine.set_kv_budget(full // 2 if sent == first else full)
+            one = stream[sent]
+            engine.add_request(str(sent), one.prompt, sampling(one.max_tokens), arrival_s=start + one.at_s)
             sent += 1
         if not engine.has_unfinished:
-            clock.sleep(max(0.0, at_s[sent] - now))
+            clock.sleep(max(0.0, stream[sent].at_s - now))
             continue
-        finished = engine.step(finished_only=True)
-        outputs |= {output.request_id: output for output in finished}
-        if finished:
-            memory = engine.memory()
-            peak_arena = max(peak_arena, memory.arena_used_bytes)
-            peak_over = max(peak_over, memory.resident_bytes - memory.budget_bytes)
+        outputs |= {output.request_id: output for output in engine.step(finished_only=True)}
+        steps += 1
+        if not steps % SAMPLE_STEPS:
+            watch.look(counts=first <= sent < last)
     duration = clock.now() - start
+    return run_of(engine, outputs, watch, slo, duration, range(first, last), len(stream))
+
+
+def run_of(
+    engine: Engine, outputs: Mapping[str, RequestOutput], watch: Watch, slo: Slo, duration: float,
+    middle: range, num_requests: int,
+) -> Run:  # fmt: skip
+    left = lowered_at_end(engine)
     counters = engine.stats().counters()
     held = {name for name, o in outputs.items() if within(o, slo)}
-    squeezed = {str(i) for i in range(first, last)}
+    mean_held, mean_running = watch.mean()
     return Run(
-        goodput=float(len(held) / duration), held=len(held), finished=len(outputs),
-        num_requests=len(requests),
-        squeezed_held=len(held & squeezed), squeezed=len(squeezed), duration_s=duration,
+        goodput=len(held) / duration, held=len(held), finished=len(outputs), num_requests=num_requests,
+        squeezed_held=len(held & {str(i) for i in middle}), squeezed=len(middle), duration_s=duration,
         ttft_p95_s=float(np.quantile([o.metrics.ttft_s or np.inf for o in outputs.values()], 0.95)),
         tpot_p95_s=float(np.quantile([o.metrics.tpot_s or 0.0 for o in outputs.values()], 0.95)),
+        mean_held_bytes=mean_held, mean_running=mean_running,
         preemptions=int(counters["preemptions"]), recomputed_tokens=int(counters["recomputed_tokens"]),
         lowered_requests=sum(o.num_lowered_tokens > 0 for o in outputs.values()),
         dropped_planes=int(counters["dropped_planes"]), restored_planes=int(counters["restored_planes"]),
-        lost_planes=int(counters["lost_planes"]),
+        lost_planes=int(counters["lost_planes"]), lowered_at_end=left,
         bytes_moved=int(counters["plane_bytes_dropped"] + counters["plane_bytes_restored"]),
-        peak_arena_bytes=peak_arena, peak_over_budget_bytes=peak_over,
+        peak_arena_bytes=watch.peak_arena, peak_over_budget_bytes=watch.peak_over,
     )  # fmt: skip
+
+
+def lowered_at_end(engine: Engine) -> int:
+    """Blocks without their low plane once no more planes come back to an engine that nobody uses."""
+    left = -1
+    while left != (left := int(engine.stats().counters()["blocks_lowered"])):
+        engine.step()
+    return left
 
 
 def within(output: RequestOutput, slo: Slo) -> bool:
@@ -288,82 +413,51 @@ def within(output: RequestOutput, slo: Slo) -> bool:
     return is_timely and (metrics.tpot_s is None or metrics.tpot_s <= slo.tpot_s)
 
 
-# --- bits
+# --- all loads
 
 
-def check_bits(
-    model: Path, planes: Planes, requests: Sequence[TokenRequest], args: argparse.Namespace
-) -> dict[str, Any]:
-    """Two engines, one squeezed during the first wave of requests; the second wave comes after relief."""
-    loaded = load_model(model, EngineConfig(dtype="float32"))
-    params = SamplingParams(max_tokens=32, temperature=0.0, ignore_eos=True, logprobs=8)
-    size = 2 * sum(needed_bytes(loaded, r, 32) for r in requests)
-    prompts = [list(r.prompt_token_ids) for r in requests]
-    answers: dict[bool, list[Any]] = {}
-    counters: dict[str, float] = {}
-    blocks_equal = checked = 0
-    for is_squeezed in (True, False):
-        engine = Engine.from_pretrained(
-            loaded,
-            cache=CacheConfig(kv_budget=size, squeeze_planes=planes, plane_arena=size, **NESTED),
-            scheduler=SchedulerConfig(max_num_batched_tokens=args.batched_tokens),
-            config=EngineConfig(dtype="float32", num_threads=1, pad_rows=16, kernel=args.kernel),
-        )
-        with engine:
-            for i, prompt in enumerate(prompts):
-                engine.add_request(f"a{i}", prompt, params)
-            while sum(not engine.is_unfinished(f"a{i}") for i in range(len(prompts))) < 1:
-                engine.step()
-            if is_squeezed:
-                written = block_bytes(engine, prompts)
-                engine.set_kv_budget(max(size // 8, int(engine.memory().referenced_bytes * args.bits_share)))
-            while engine.has_unfinished:
-                engine.step()
-            engine.set_kv_budget(size)
-            for i, prompt in enumerate(prompts):
-                engine.add_request(f"b{i}", [*prompt, *prompts[(i + 1) % len(prompts)][:40]], params)
-            after: dict[str, RequestOutput] = {}
-            while engine.has_unfinished:
-                after |= {o.request_id: o for o in engine.step(finished_only=True)}
-            answers[is_squeezed] = [
-                (o.token_ids, o.logprobs, o.top_logprobs, o.num_lowered_tokens)
-                for o in (after[f"b{i}"] for i in range(len(prompts)))
-            ]
-            if is_squeezed:
-                counters = engine.stats().counters()
-                now = block_bytes(engine, prompts)
-                checked = len(written.keys() & now.keys())
-                blocks_equal = sum(written[key] == now[key] for key in written.keys() & now.keys())
-    return {
-        "requests_after": len(prompts),
-        "answers_bit_equal": sum(a == b for a, b in zip(answers[True], answers[False], strict=True)),
-        "blocks_before": len(written), "blocks_checked": checked, "blocks_bit_equal": blocks_equal,
-        "dropped_planes": counters["dropped_planes"], "restored_planes": counters["restored_planes"],
-        "lowered_tokens": counters["lowered_tokens"],
-    }  # fmt: skip
+class Arms:
+    """Runs arms at loads; every repetition has arrivals of its own, the same for all arms and loads."""
 
+    def __init__(
+        self, loaded: LoadedModel, streams: Sequence[Sequence[Arrival]], slo: Slo, planes: Planes,
+        args: argparse.Namespace, note: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self._loaded, self._streams, self._slo = loaded, streams, slo
+        self._planes, self._args, self._note = planes, args, note
 
-def block_bytes(engine: Engine, prompts: Sequence[Sequence[int]]) -> dict[tuple[int, int, int], bytes]:
-    """(prompt, block index, layer) -> bytes of a cached block, low planes included, where all are there."""
-    found: dict[tuple[int, int, int], bytes] = {}
-    for p, prompt in enumerate(prompts):
-        for group, blocks in zip(engine.arena_plan.groups, engine.cached_blocks(prompt), strict=True):
-            for index, block in enumerate(blocks):
-                for layer in group.layers if block >= 0 else ():
-                    cache = engine.attention_layers[layer].cache
-                    planes = list(cache.low_planes.values())
-                    if all(bool(low.is_resident([block])[0]) for low in planes):
-                        parts = [cache.arena[block], *(low.read([block])[0] for low in planes)]
-                        found[p, index, layer] = torch.cat(parts).numpy().tobytes()
-    return found
+    def run(self, arm: str, repetition: int, budget: int | str) -> Run:
+        cache: dict[str, Any] = {"kv_budget": budget, **NESTED}
+        if arm == REVERSIBLE:
+            cache |= {"squeeze_planes": self._planes, "plane_arena": self._args.arena or budget}
+        with engine_of(self._loaded, self._args, **cache) as engine:
+            return serve(engine, self._streams[repetition], self._slo, self._args, is_halved=arm != FULL)
 
+    def held(self) -> list[Run]:
+        """Every repetition with memory to spare."""
+        return [self.run(FULL, i, SPARE) for i in range(len(self._streams))]
 
-def needed_bytes(loaded: LoadedModel, request: TokenRequest, output: int) -> int:
-    tokens = -(-(len(request.prompt_token_ids) + output) // 16) * 16
-    return tokens * growth_bytes_per_token(loaded.spec, KVFormat.of("n8_rh"))
+    def full(self, point: Point) -> bool:
+        """Run the full budget; whether it holds enough. Ends early once the median cannot."""
+        most = len(self._streams)
+        for i in range(most):
+            self._add(point, FULL, i)
+            too_few = [r for r in point.runs[FULL] if r.held < HELD * r.num_requests]
+            if 2 * len(too_few) > most:
+                return False
+        return point.share_held >= HELD
 
+    def compare(self, point: Point, repetitions: int) -> None:
+        if not point.runs[FULL]:
+            self._add(point, FULL, 0)
+        for i in range(repetitions):
+            for arm in (PREEMPTING, REVERSIBLE) if i % 2 == 0 else (REVERSIBLE, PREEMPTING):
+                self._add(point, arm, i)
 
-# --- together
+    def _add(self, point: Point, arm: str, repetition: int) -> None:
+        run = self.run(arm, repetition, point.budget_bytes)
+        point.runs[arm].append(run)
+        self._note(f"load {point.load} {describe(arm, asdict(run))}")
 
 
 def measure(loaded: LoadedModel, args: argparse.Namespace, model: Path, note: Callable[[str], None]):
@@ -375,79 +469,85 @@ def measure(loaded: LoadedModel, args: argparse.Namespace, model: Path, note: Ca
         planes, verdict, table = {int(k): (v[0], v[1]) for k, v in args.planes.items()}, None, []
     note(f"proven at {args.margin}: {planes or 'nothing'}")
     requests = chats(loaded, model, args.requests, seed=args.seed, **span)
-    with engine_of(loaded, args, kv_budget="256MiB", **NESTED) as engine:
-        engine.generate([list(requests[0].prompt_token_ids)], sampling(args))  # warm
+    with engine_of(loaded, args, kv_budget=SPARE, **NESTED) as engine:
+        warm(engine, requests)
         slo = alone(engine, requests[: args.unloaded], args)
-        seconds, held = closed_loop(engine, requests, args.in_flight, args)
-    budget, interval = int(held / args.load), seconds / args.in_flight
-    cache = {"kv_budget": budget, **NESTED}
-    arms: Mapping[str, dict[str, Any]] = {
-        "preempting": cache,
-        "reversible": {**cache, "squeeze_planes": planes, "plane_arena": args.arena or budget},
-    }
-    note(f"SLO {asdict(slo)}; a request every {interval:.3f} s; budget {format_bytes(budget)}")
-    runs: dict[str, list[Run]] = {arm: [] for arm in ARMS}
-    for repetition in range(args.repetitions):
-        order = ARMS if repetition % 2 == 0 else ARMS[::-1]
-        at_s = arrivals(len(requests), interval, args.seed + repetition)
-        for arm in order:
-            with engine_of(loaded, args, **arms[arm]) as engine:
-                runs[arm].append(serve(engine, requests, at_s, slo, args))
-            note(f"{arm}: {runs[arm][-1]}")
-    bits = check_bits(model, planes, requests[: args.bits_requests], args) if planes else None
-    return summary(args, slo, planes, verdict, table, runs, bits, budget, interval, loaded)
-
-
-def summary(
-    args: argparse.Namespace, slo: Slo, planes: Planes, verdict: QualityVerdict | None,
-    table: list[dict[str, Any]], runs: dict[str, list[Run]], bits: dict[str, Any] | None, budget: int,
-    interval: float, loaded: LoadedModel,
-) -> dict[str, Any]:  # fmt: skip
-    pairs = list(zip(runs["reversible"], runs["preempting"], strict=True))
-    ratios = [a.goodput / b.goodput if b.goodput else float("inf") for a, b in pairs]
-    plane_share = sum((k == 1) + (v == 1) for k, v in planes.values()) / (2 * len(loaded.spec.layers))
-    is_equal = bits is not None and (
-        bits["answers_bit_equal"] == bits["requests_after"]
-        and bits["blocks_bit_equal"] == bits["blocks_checked"] > 0
-        and bits["restored_planes"] > 0
-    )
+    fastest, batches = fastest_rate(loaded, requests, slo, args)
+    rate = args.pace * fastest
+    note(f"SLO {asdict(slo)}; batches {batches}; {rate:.2f} requests/s")
+    seeds = range(args.seed, args.seed + args.repetitions)
+    streams = [arrivals(requests, rate, args.output, seed=seed) for seed in seeds]
+    arms = Arms(loaded, streams, slo, planes, args, note)
+    spare = arms.held()
+    held = statistics.mean(run.mean_held_bytes for run in spare)
+    points = [Point(load, int(held / load)) for load in sorted(args.loads, reverse=True)]
+    decisive = next((point for point in points if arms.full(point)), None)
+    for point in points:
+        arms.compare(point, args.repetitions if point is decisive else 1)
+    bits = None
+    if planes:
+        bits = check_bits(
+            model, planes, requests[: args.bits_requests], share=args.bits_share,
+            batched_tokens=args.batched_tokens, kernel=args.kernel,
+        )  # fmt: skip
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "time"},
-        "budget_bytes": budget, "interval_s": interval, "slo": asdict(slo),
+        "slo": asdict(slo), "batches": batches, "requests_per_s": rate, "held_bytes": held,
+        "spare": [asdict(run) for run in spare],
         "margin": margin_named(args.margin).to_dict(),
         "planes": {str(layer): list(pair) for layer, pair in planes.items()},
-        "share_of_sides": plane_share,
-        "verdict": None if verdict is None else verdict.to_dict(),
-        "isolated": table,
-        "runs": {arm: [asdict(run) for run in found] for arm, found in runs.items()},
-        "goodput": {arm: statistics.median(r.goodput for r in found) for arm, found in runs.items()},
-        "goodput_ratio": {"median": statistics.median(ratios), "all": ratios, "wanted": WANTED},
-        "bits": bits,
-        "passed": {
-            "all_finished": all(r.finished == r.num_requests for found in runs.values() for r in found),
-            "goodput": statistics.median(ratios) >= WANTED,
-            "quality": bool(planes) and verdict is not None,
-            "bits": is_equal,
-            "within_budget": all(r.peak_over_budget_bytes <= 0 for r in runs["reversible"]),
-        },
+        "share_of_sides": share_of_sides(planes, loaded),
+        "verdict": None if verdict is None else verdict.to_dict(), "isolated": table,
+        "points": [point.to_dict() for point in points],
+        "decisive_load": None if decisive is None else decisive.load,
+        "wanted": WANTED, "bits": bits, "passed": passed(points, decisive, verdict, bits),
         "hardware": {"machine": platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()},
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }  # fmt: skip
 
 
+def share_of_sides(planes: Planes, loaded: LoadedModel) -> float:
+    return sum((k == 1) + (v == 1) for k, v in planes.values()) / (2 * len(loaded.spec.layers))
+
+
+def passed(
+    points: Sequence[Point], decisive: Point | None, verdict: QualityVerdict | None, bits: Any
+) -> dict[str, bool]:
+    runs = [run for point in points for arm in ARMS for run in point.runs[arm]]
+    reversible = [run for point in points for run in point.runs[REVERSIBLE]]
+    return {
+        "all_finished": all(run.finished == run.num_requests for run in runs),
+        "goodput": decisive is not None and statistics.median(decisive.ratios) >= WANTED,
+        "quality": verdict is not None,
+        "full_precision_afterwards": all(run.lowered_at_end == 0 for run in reversible),
+        "within_budget": all(run.peak_over_budget_bytes <= 0 for run in reversible),
+        **{name: bits is not None and bits[name] for name in BITS_KEPT},
+    }
+
+
+def describe(arm: str, run: Mapping[str, Any]) -> str:
+    return (
+        f"{arm:10} goodput {run['goodput']:.3f}/s  held {run['held']}/{run['num_requests']}"
+        f" (squeezed {run['squeezed_held']}/{run['squeezed']})  TTFT p95 {run['ttft_p95_s']:.3f} s"
+        f"  TPOT p95 {1000 * run['tpot_p95_s']:.1f} ms  running {run['mean_running']:.1f}"
+        f"  preempted {run['preemptions']}  lowered {run['lowered_requests']}"
+    )
+
+
 def show(report: dict[str, Any]) -> None:
-    budget = format_bytes(report["budget_bytes"])
-    print(f"budget {budget}, halved for half of the run; planes that may go: {report['planes'] or 'none'}")
-    for arm, runs in report["runs"].items():
-        for run in runs:
-            print(
-                f"  {arm:11} goodput {run['goodput']:.3f}/s  held {run['held']}/{run['num_requests']}"
-                f" (squeezed {run['squeezed_held']}/{run['squeezed']})  TTFT p95 {run['ttft_p95_s']:.3f} s"
-                f"  TPOT p95 {1000 * run['tpot_p95_s']:.1f} ms  preempted {run['preemptions']}"
-                f"  lowered {run['lowered_requests']}"
-            )
-    print(f"goodput ratio {report['goodput_ratio']['median']:.2f} (wanted {WANTED}); bits {report['bits']}")
+    print(f"planes that may go: {report['planes'] or 'none'}; {report['requests_per_s']:.2f} requests/s")
+    for point in report["points"]:
+        mark = "decides" if point["load"] == report["decisive_load"] else ""
+        held = point["share_held_by_full"]
+        print(
+            f"load {point['load']:.2f}  budget {format_bytes(point['budget_bytes'])}  full holds {held:.1%}"
+            f"  goodput ratio {point['ratio']:.2f}  {mark}"
+        )
+        for arm, runs in point["runs"].items():
+            for run in runs:
+                print("   " + describe(arm, run))
+    print(f"bits {report['bits']}")
     print("passed: " + ", ".join(f"{name} {ok}" for name, ok in report["passed"].items()))
 
 
@@ -455,22 +555,22 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", type=Path, default=None)
     parser.add_argument("--margin", default="balanced", help="near-lossless, balanced or aggressive")
-    parser.add_argument(
-        "--load", type=float, default=0.65, help="share of the full budget in use, on average"
-    )
-    parser.add_argument(
-        "--in-flight", type=int, default=8, help="requests under way at that load, on average"
-    )
     parser.add_argument("--planes", type=json.loads, default=None, help='skip the proof, e.g. {"3": [2, 1]}')
-    parser.add_argument("--requests", type=int, default=96)
-    parser.add_argument("--output", type=int, default=256, help="tokens generated by each request")
+    parser.add_argument(
+        "--loads", type=lambda text: [float(x) for x in text.split(",")], default=[0.4, 0.5, 0.6, 0.7, 0.8],
+        help="shares of the full budget that requests hold on average",
+    )  # fmt: skip
+    parser.add_argument("--pace", type=float, default=0.8, help="of the fastest rate within the SLO")
+    parser.add_argument("--requests", type=int, default=128)
+    parser.add_argument("--output", type=int, default=256, help="mean tokens generated by each request")
     parser.add_argument("--shortest", type=int, default=256)
     parser.add_argument("--longest", type=int, default=768)
     parser.add_argument("--samples", type=int, default=48, help="chats the reading is judged on")
     parser.add_argument("--unloaded", type=int, default=16)
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--batched-tokens", type=int, default=256)
-    parser.add_argument("--watermark", type=float, default=0.01)
+    parser.add_argument("--watermark", type=float, default=SchedulerConfig().watermark)
+    parser.add_argument("--admission", default=SchedulerConfig().admission, help="of all arms")
     parser.add_argument("--arena", default=None, help="host arena; default: as large as the budget")
     parser.add_argument("--bits-requests", type=int, default=6)
     parser.add_argument("--bits-share", type=float, default=0.9, help="of what is referenced at the squeeze")
