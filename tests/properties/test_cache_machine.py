@@ -46,12 +46,19 @@ class Life:
 
 class CacheMachine(RuleBasedStateMachine):
     @initialize(
-        policy=st.sampled_from(["lru", "fifo", "gdsf", "hazard", "guarded"]), first=st.sampled_from([0, 0, 3])
+        policy=st.sampled_from(["lru", "fifo", "gdsf", "hazard", "guarded"]),
+        first=st.sampled_from([0, 0, 3]),
+        native=st.sampled_from([False, None]),
     )
-    def build(self, policy, first):
+    def build(self, policy, first, native):
         self.policy, self.first = policy, first
         self.manager = KVCacheManager(
-            GROUPS, [BLOCKS] * 2, block_size=BLOCK, policy=policy, num_first_blocks=[first, first]
+            GROUPS,
+            [BLOCKS] * 2,
+            block_size=BLOCK,
+            policy=policy,
+            num_first_blocks=[first, first],
+            native=native,
         )
         self.memory = PrefixMemory([None, WINDOW], BLOCK)
         self.lives = {}

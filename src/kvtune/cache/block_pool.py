@@ -17,54 +17,22 @@ back: one whose plane is lost leaves the index at once.
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from kvtune.cache.eviction import EvictionPolicy, PolicyFactory
+from kvtune.cache.arena import Arena
+from kvtune.cache.eviction import PolicyFactory
 from kvtune.cache.plane_rows import PlaneRows
-from kvtune.cache.prefix_index import PrefixIndex
+from kvtune.cache.prefix_index import HashIndex
 from kvtune.cache.records import PoolUsage
+from kvtune.cache.table import NULL_BLOCK, Need, Table, ids_of
 from kvtune.errors import InvariantError
 from kvtune.spec import PoolBudget
 from kvtune.types import BlockHash, BlockId, PlaneCause
 
-__all__ = ["NULL_BLOCK", "BlockPool"]
-
-NULL_BLOCK = BlockId(-1)
-
-
-class _Arena:
-    """Free list, eviction order and spending of one range of ids."""
-
-    def __init__(
-        self, ids: range, budget: PoolBudget, policy: EvictionPolicy, planes: PlaneRows | None = None
-    ) -> None:
-        self.ids = ids
-        self.budget = budget
-        self.free = [BlockId(i) for i in reversed(ids)]  # lowest id on top
-        self.policy = policy
-        self.planes = planes
-
-    @property
-    def spent(self) -> int:
-        taken = len(self.ids) - len(self.free)
-        if self.planes is None:
-            return taken
-        return taken * self.budget.block + self.planes.num_used * self.budget.plane
-
-    @property
-    def room(self) -> int:
-        """What could be spent once all idle blocks had left; negative where the budget was lowered."""
-        if self.planes is None:
-            return self.budget.total - len(self.ids) + len(self.free) + len(self.policy)
-        idle = len(self.policy) * self.budget.block + len(self.planes.idle) * self.budget.plane
-        return self.budget.total - self.spent + idle
-
-    @property
-    def can_take(self) -> bool:
-        """Whether the budget has a whole block left without an eviction."""
-        return bool(self.free) and self.spent + self.budget.whole <= self.budget.total
+__all__ = ["BlockPool"]
 
 
 class BlockPool:
@@ -76,7 +44,7 @@ class BlockPool:
         num_first_blocks: int,
         *,
         policy: PolicyFactory,
-        index: PrefixIndex,
+        index: HashIndex,
         budget: PoolBudget | None = None,
         planes: PlaneRows | None = None,
     ) -> None:
@@ -84,15 +52,15 @@ class BlockPool:
         budget = budget or PoolBudget(total=num_blocks)
         self._ref_count = [0] * (num_blocks + num_first_blocks)
         self._hashes: list[BlockHash | None] = [None] * (num_blocks + num_first_blocks)
-        self._body = _Arena(range(num_blocks), budget, policy(budget.num_whole), planes)
-        self._first = _Arena(
+        self._body = Arena(range(num_blocks), budget, policy(budget.num_whole), planes)
+        self._first = Arena(
             range(num_blocks, num_blocks + num_first_blocks), PoolBudget(total=num_first_blocks),
             policy(num_first_blocks),
         )  # fmt: skip
         self._num_body = num_blocks
         self._planes = planes
         self._policy = policy
-        self._index = index
+        self.index = index
         self.num_evicted = 0
         self.num_published = 0
         self.num_duplicates = 0
@@ -115,7 +83,7 @@ class BlockPool:
     def is_first(self, block_id: BlockId) -> bool:
         return block_id >= self._num_body
 
-    def _arena(self, block_id: BlockId) -> _Arena:
+    def _arena(self, block_id: BlockId) -> Arena:
         return self._first if block_id >= self._num_body else self._body
 
     def price(self, *, first: bool = False) -> int:
@@ -158,6 +126,59 @@ class BlockPool:
     def is_idle(self, block_id: BlockId) -> bool:
         return self._ref_count[block_id] == 0 and self._hashes[block_id] is not None
 
+    # --- looking
+
+    def find_run(self, hashes: Sequence[BlockHash]) -> Table[int]:
+        """Blocks of the leading run of findable hashes."""
+        return Table("i", self.index.run(hashes))
+
+    def last_gap(self, hashes: Sequence[BlockHash], start: int, end: int) -> int:
+        """Largest i in start..end-1 whose hash has no block; start - 1 where all have one."""
+        find = self.index.find
+        for i in range(end - 1, start - 1, -1):
+            if find(hashes[i]) is None:
+                return i
+        return start - 1
+
+    def mark_seen(self, hashes: Sequence[BlockHash], seen: array[int]) -> None:
+        """Set seen[i] where hash i has a block, or its eviction is remembered."""
+        self.index.mark_seen(hashes, seen)
+
+    def holds(self, block_ids: Table[int], hashes: Sequence[BlockHash]) -> bool:
+        """Whether each block holds the content at its place; null ids hold anything."""
+        known = self._hashes
+        return all(b < 0 or known[b] == h for b, h in zip(ids_of(block_ids), hashes, strict=False))
+
+    def num_idle(self, block_ids: Table[int]) -> Need:
+        """How many of these blocks are idle, (body, first)."""
+        idle = self._idle_ones(block_ids)
+        num_first = sum(map(self.is_first, idle)) if self.has_first else 0
+        return len(idle) - num_first, num_first
+
+    def idle_worth(self, block_ids: Table[int]) -> Need:
+        """What the idle ones of these blocks cost, (body, first) in the budget's unit."""
+        if self._planes is None:
+            return self.num_idle(block_ids)
+        worth = [0, 0]
+        for block_id in self._idle_ones(block_ids):
+            worth[self.is_first(block_id)] += self.worth(block_id)
+        return worth[0], worth[1]
+
+    def _idle_ones(self, block_ids: Table[int]) -> list[BlockId]:
+        counts, hashes = self._ref_count, self._hashes
+        return [b for b in ids_of(block_ids) if b >= 0 and not counts[b] and hashes[b] is not None]
+
+    def released_worth(self, tables: Iterable[Table[int]]) -> Need:
+        """What the blocks cost that nobody would hold once these tables were gone."""
+        held = Counter(BlockId(b) for table in tables for b in table if b >= 0)
+        worth = [0, 0]
+        for block_id, count in held.items():
+            if count == self._ref_count[block_id]:
+                worth[self.is_first(block_id)] += self.worth(block_id)
+        return worth[0], worth[1]
+
+    # --- taking and giving back
+
     def begin(self, hashes: Sequence[BlockHash], num_hit: int) -> None:
         """Tell the policies that a request was admitted; see `EvictionPolicy.begin`."""
         num_first = min(1, len(hashes)) if self.has_first else 0
@@ -165,9 +186,23 @@ class BlockPool:
             self._first.policy.begin(hashes[:1], min(1, num_hit))
         self._body.policy.begin(hashes[num_first:], max(0, num_hit - num_first))
 
-    def allocate(self, *, first: bool = False) -> BlockId:
-        """A private block with ref_count 1, evicting the policy's victim when none is free."""
+    def take(self, num_blocks: int, *, first: bool = False) -> Table[int]:
+        """Private blocks with ref_count 1, evicting the policy's victims where too few are free."""
         arena = self._first if first else self._body
+        if arena.planes is not None:
+            return Table("i", [self._take_one(arena) for _ in range(num_blocks)])
+        free, counts = arena.free, self._ref_count
+        num_left = len(free) - max(0, min(num_blocks, len(free), arena.budget.total - arena.spent))
+        block_ids = free[num_left:]
+        del free[num_left:]
+        block_ids.reverse()
+        for block_id in block_ids:
+            counts[block_id] = 1
+        while len(block_ids) < num_blocks:
+            block_ids.append(self._take_one(arena))
+        return Table("i", block_ids)
+
+    def _take_one(self, arena: Arena) -> BlockId:
         while not arena.can_take:
             self._evict(arena)
         block_id = arena.free.pop()
@@ -176,7 +211,7 @@ class BlockPool:
             arena.planes.take(block_id)
         return block_id
 
-    def _evict(self, arena: _Arena) -> None:
+    def _evict(self, arena: Arena) -> None:
         block_id = arena.policy.victim()
         if block_id is None:
             raise InvariantError("no block is free or idle; the caller must test for room first")
@@ -184,20 +219,20 @@ class BlockPool:
         if self._ref_count[block_id] or block_hash is None:
             raise InvariantError(f"the eviction policy chose block {block_id}, which is not idle")
         arena.policy.remove(block_id)
-        self._index.evict(block_hash)
+        self.index.evict(block_hash)
         self._hashes[block_id] = None
         self.num_evicted += 1
         self._set_free(arena, block_id)
 
-    def _set_free(self, arena: _Arena, block_id: BlockId) -> None:
+    def _set_free(self, arena: Arena, block_id: BlockId) -> None:
         arena.free.append(block_id)
         if arena.planes is not None:
             arena.planes.give_back(block_id)
 
-    def incref(self, block_ids: Iterable[BlockId]) -> None:
+    def incref(self, block_ids: Table[int]) -> None:
         """One more table holds each block; null ids are skipped."""
         counts, hashes, num_body = self._ref_count, self._hashes, self._num_body
-        for block_id in block_ids:
+        for block_id in ids_of(block_ids):
             if block_id < 0:
                 continue
             if counts[block_id] == 0:
@@ -209,10 +244,10 @@ class BlockPool:
                     arena.planes.idle.pop(block_id, None)
             counts[block_id] += 1
 
-    def decref(self, block_ids: Iterable[BlockId]) -> None:
+    def decref(self, block_ids: Table[int]) -> None:
         """One table fewer holds each block, in this order; the last one leaves it idle or free."""
         counts, hashes, num_body = self._ref_count, self._hashes, self._num_body
-        for block_id in block_ids:
+        for block_id in ids_of(block_ids):
             if block_id < 0:
                 continue
             count = counts[block_id] - 1
@@ -228,26 +263,45 @@ class BlockPool:
                     if arena.planes is not None and arena.planes.has_row(block_id):
                         arena.planes.idle[block_id] = None
 
-    def publish(
-        self, block_id: BlockId, block_hash: BlockHash, *, depth: int, parent: BlockId = NULL_BLOCK
-    ) -> BlockId:
-        """Make a full, computed block findable and immutable; returns the canonical block.
+    def publish(self, table: Table[int], hashes: Sequence[BlockHash], start: int, end: int) -> None:
+        """Make the full, computed blocks start..end-1 of a table findable and immutable; `hashes[i]` is that
+        of block i.
 
-        `parent` is the block before it, null where there is none or its window has passed. When another
-        block already holds this content, that one stays canonical: it is returned with one reference
-        more, and the reference on `block_id` is given back.
+        Where another block already holds a content, that one stays canonical: the table gets it with one
+        reference more, and the reference on its own block is given back.
         """
+        block_ids, new = ids_of(table[start:end]), hashes[start:end]
+        is_plain = self._planes is None and not self.has_first and self.index.has_none_of(new)
+        if not is_plain or any(self._hashes[block_id] is not None for block_id in block_ids):
+            for i in range(start, end):
+                parent = BlockId(table[i - 1]) if i else NULL_BLOCK
+                table[i] = self._publish_one(BlockId(table[i]), hashes[i], depth=i, parent=parent)
+            return
+        self.index.insert_all(new, block_ids)
+        known, insert = self._hashes, self._body.policy.insert
+        parent = BlockId(table[start - 1]) if start and table[start - 1] >= 0 else None
+        for depth, (block_id, block_hash) in enumerate(zip(block_ids, new, strict=True), start):
+            known[block_id] = block_hash
+            insert(block_id, depth=depth, content=block_hash, parent=parent)
+            parent = block_id
+        self.num_published += end - start
+
+    def _publish_one(
+        self, block_id: BlockId, block_hash: BlockHash, *, depth: int, parent: BlockId
+    ) -> BlockId:
+        """Returns the canonical block. `parent` is the block before it, null where there is none or its
+        window has passed."""
         if self._hashes[block_id] is not None:
             if self._hashes[block_id] != block_hash:
                 raise InvariantError(f"block {block_id} is published under another hash")
             return block_id
-        canonical = self._index.find(block_hash)
+        canonical = self.index.find(block_hash)
         if canonical is not None:
-            self.incref((canonical,))
-            self.decref((block_id,))
+            self.incref(Table("i", (canonical,)))
+            self.decref(Table("i", (block_id,)))
             self.num_duplicates += 1
             return canonical
-        self._index.insert(block_hash, block_id)
+        self.index.insert(block_hash, block_id)
         self._hashes[block_id] = block_hash
         if self._planes is not None:
             self._planes.forget_lost(block_hash)
@@ -258,16 +312,17 @@ class BlockPool:
         self.num_published += 1
         return block_id
 
-    def forget(self, block_hash: BlockHash) -> None:
-        """Free the idle block with this content, if there is one; no eviction is counted or remembered."""
-        block_id = self._index.find(block_hash)
-        if block_id is None or self._ref_count[block_id]:
-            return
-        arena = self._arena(block_id)
-        arena.policy.remove(block_id)
-        self._index.forget(block_hash)
-        self._hashes[block_id] = None
-        self._set_free(arena, block_id)
+    def forget(self, hashes: Iterable[BlockHash]) -> None:
+        """Free the idle blocks with these contents; no eviction is counted or remembered."""
+        for block_hash in hashes:
+            block_id = self.index.find(block_hash)
+            if block_id is None or self._ref_count[block_id]:
+                continue
+            arena = self._arena(block_id)
+            arena.policy.remove(block_id)
+            self.index.forget(block_hash)
+            self._hashes[block_id] = None
+            self._set_free(arena, block_id)
 
     def unpublish_all(self) -> None:
         """Forget every content: idle blocks become free, referenced ones private again."""
@@ -278,7 +333,7 @@ class BlockPool:
                     self._set_free(self._arena(BlockId(block_id)), BlockId(block_id))
         for arena in (self._body, self._first):
             arena.policy = self._policy(arena.budget.num_whole)
-        self._index.clear()
+        self.index.clear()
 
     # --- memory pressure
 
@@ -344,7 +399,7 @@ class BlockPool:
         if self._ref_count[block_id]:
             self._body.policy.unpin(block_id)
         self._body.policy.remove(block_id)
-        self._index.forget(block_hash)
+        self.index.forget(block_hash)
         self._hashes[block_id] = None
         planes.remember_lost(block_hash)
         if self._ref_count[block_id] == 0:
@@ -366,7 +421,7 @@ class BlockPool:
     def check(self, references: Counter[BlockId]) -> None:
         """Assert the pool's invariant, given how many tables hold each block."""
         published = {h: i for i, h in enumerate(self._hashes) if h is not None}
-        _expect(dict(self._index.items()) == published, "index and pool disagree about published blocks")
+        _expect(dict(self.index.items()) == published, "index and pool disagree about published blocks")
         for arena in (self._body, self._first):
             self._check_arena(arena, references)
         if self._planes is not None:
@@ -377,7 +432,7 @@ class BlockPool:
             lost = {i for i in published.values() if not self.is_first(BlockId(i))} - held
             _expect(not lost, f"blocks {lost} are in the index without their low plane")
 
-    def _check_arena(self, arena: _Arena, references: Counter[BlockId]) -> None:
+    def _check_arena(self, arena: Arena, references: Counter[BlockId]) -> None:
         ids = arena.ids
         free = {i for i in ids if self._ref_count[i] == 0 and self._hashes[i] is None}
         idle = {BlockId(i) for i in ids if self._ref_count[i] == 0 and self._hashes[i] is not None}

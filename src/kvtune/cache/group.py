@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 
-from kvtune.cache.block_pool import NULL_BLOCK, BlockPool
-from kvtune.cache.eviction import PolicyFactory
+from kvtune.cache.block_pool import BlockPool
+from kvtune.cache.eviction import PolicyFactory, policy_factory
+from kvtune.cache.native import CacheLibrary
+from kvtune.cache.native_pool import NativePool
 from kvtune.cache.plane_rows import PlaneRows
-from kvtune.cache.prefix_index import HashIndex
+from kvtune.cache.prefix_index import HashIndex, PrefixIndex
 from kvtune.cache.records import GroupUsage
+from kvtune.cache.table import Table, null_blocks
 from kvtune.spec import KVGroup, PoolBudget
-from kvtune.types import BlockHash, BlockId
+from kvtune.types import BlockHash
 
-__all__ = ["EVICTED_MEMORY", "GroupCache", "Table"]
+__all__ = ["EVICTED_MEMORY", "GroupCache"]
 
 EVICTED_MEMORY = 4
-"""Evicted hashes remembered, in multiples of the pool's blocks: tells EVICTED from NEVER_SEEN."""
-
-Table = array  # type code "i": int32 block ids, NULL_BLOCK where the window has passed
+"""Evictions remembered, in multiples of the pool's blocks: tells EVICTED from NEVER_SEEN."""
 
 
 class GroupCache:
@@ -31,22 +31,36 @@ class GroupCache:
         num_first_blocks: int,
         *,
         block_size: int,
-        policy: PolicyFactory,
+        policy: str | PolicyFactory,
         budget: PoolBudget | None = None,
         num_resting: int = 0,
+        library: CacheLibrary | None = None,
     ) -> None:
-        """`budget`: of the body, `num_blocks` blocks if None; `num_resting`: planes the host arena takes."""
+        """`budget`: of the body, `num_blocks` blocks if None; `num_resting`: planes the host arena takes;
+        `library`: the pool is native."""
         self.group = group
         self.block_size = block_size
         self.window = group.window
         self.promised = 0  # body blocks promised to running requests, written by the manager alone
+        max_evicted = EVICTED_MEMORY * (num_blocks + num_first_blocks)
+        self.pool: BlockPool
+        if library is not None and isinstance(policy, str):
+            self.pool = NativePool(
+                library, num_blocks, num_first_blocks, policy=policy, max_evicted=max_evicted, budget=budget
+            )
+            return
         planes = None
         if budget is not None and budget.plane:
             planes = PlaneRows(num_blocks, budget.num_whole, group=group.index, num_resting=num_resting)
-        self.index = HashIndex(max_evicted=EVICTED_MEMORY * (num_blocks + num_first_blocks))
         self.pool = BlockPool(
-            num_blocks, num_first_blocks, policy=policy, index=self.index, budget=budget, planes=planes
-        )
+            num_blocks, num_first_blocks, policy=policy_factory(policy),
+            index=HashIndex(max_evicted=max_evicted), budget=budget, planes=planes,
+        )  # fmt: skip
+
+    @property
+    def index(self) -> PrefixIndex:
+        """The pool's own."""
+        return self.pool.index
 
     def first_visible(self, position: int) -> int:
         """Index of the first block that a query at `position` can see."""
@@ -79,35 +93,21 @@ class GroupCache:
             blocks = min(blocks, -(-num_tokens // self.block_size) - 1)
         return blocks * budget.block + min(blocks, 1) * budget.plane <= budget.total
 
-    def longest_run(self, hashes: Sequence[BlockHash]) -> list[BlockId]:
-        """Blocks of the leading run of resident hashes."""
-        find = self.index.find
-        run: list[BlockId] = []
-        for block_hash in hashes:
-            block_id = find(block_hash)
-            if block_id is None:
-                break
-            run.append(block_id)
-        return run
-
-    def residents(self, hashes: Sequence[BlockHash]) -> list[BlockId | None]:
-        return [self.index.find(block_hash) for block_hash in hashes]
-
-    def boundary(self, resident: Sequence[BlockId | None], limit: int) -> int:
+    def boundary(self, hashes: Sequence[BlockHash], limit: int) -> int:
         """Largest k <= limit such that the blocks seen by a query at token k*B are all resident."""
-        runs: list[int] = []  # length of the resident run that ends at each block
-        for block_id in resident[:limit]:
-            runs.append(0 if block_id is None else (runs[-1] if runs else 0) + 1)
-        for k in range(min(limit, len(runs)), 0, -1):
-            if runs[k - 1] >= k - self.first_visible(k * self.block_size):
-                return k
-        return 0
+        k = limit
+        while k > 0:
+            hidden = min(k, self.first_visible(k * self.block_size))
+            gap = self.pool.last_gap(hashes, hidden, k)
+            if gap < hidden:
+                break
+            k = gap  # whatever lies between sees the gap too
+        return k
 
-    def visible_blocks(self, resident: Sequence[BlockId | None], boundary: int) -> tuple[BlockId, ...]:
-        """Blocks 0..boundary-1, null where a query at the boundary does not look."""
+    def visible_blocks(self, hashes: Sequence[BlockHash], boundary: int) -> Table[int]:
+        """Blocks 0..boundary-1, null where a query at the boundary does not look; the others are resident."""
         hidden = min(boundary, self.first_visible(boundary * self.block_size))
-        seen = [NULL_BLOCK if b is None else b for b in resident[hidden:boundary]]
-        return (NULL_BLOCK,) * hidden + tuple(seen)
+        return null_blocks(hidden) + self.pool.find_run(hashes[hidden:boundary])
 
     def usage(self) -> GroupUsage:
         return GroupUsage(group=self.group.index, body=self.pool.usage(), first=self.pool.usage(first=True))

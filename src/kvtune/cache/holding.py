@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from kvtune.cache.block_pool import NULL_BLOCK
-from kvtune.cache.group import GroupCache, Table
+from kvtune.cache.block_hashes import BlockHashes
+from kvtune.cache.group import GroupCache
+from kvtune.cache.table import NULL_BLOCK, Need, Table
 from kvtune.types import BlockHash, BlockId
 
 __all__ = [
     "Holding",
-    "Need",
     "is_enough",
     "needed_blocks",
     "peak_needs",
-    "released_by",
     "shared_block",
     "shortfalls",
 ]
-
-Need = tuple[int, int]
-"""New (body, first) blocks of one group."""
 
 
 class Holding:
@@ -32,6 +27,7 @@ class Holding:
         "is_private",
         "may_share_last",
         "num_computed",
+        "num_led",
         "num_published",
         "num_released",
         "promised",
@@ -40,12 +36,17 @@ class Holding:
     )
 
     def __init__(
-        self, tables: list[Table[int]], root: BlockHash, hashes: list[BlockHash], num_computed: int
+        self,
+        tables: list[Table[int]],
+        root: BlockHash,
+        hashes: BlockHashes | list[BlockHash],
+        num_computed: int,
     ) -> None:
         self.tables = tables
         self.root = root
         self.hashes = hashes  # the chain so far; may run ahead of what is computed
         self.num_computed = num_computed
+        self.num_led = 0  # hashes known at its admission: those it may lead
         self.num_published = 0  # blocks, the same in every group
         self.num_released = [0] * len(tables)  # leading blocks that left the window
         self.promised = [0] * len(tables)  # body blocks that passed the room test but are not taken yet
@@ -87,18 +88,12 @@ def peak_needs(
     return peaks
 
 
-def released_by(group: GroupCache, tables: Iterable[Table[int]]) -> list[BlockId]:
-    """Blocks of the group that nobody would hold once these tables were gone."""
-    held = Counter(block_id for table in tables for block_id in table if block_id >= 0)
-    return [BlockId(b) for b, count in held.items() if count == group.pool.ref_count(BlockId(b))]
-
-
 def shortfalls(
     groups: Sequence[GroupCache],
     needs: Sequence[Need],
     reserve: float,
     *,
-    revived: Sequence[Sequence[BlockId]] | None = None,
+    revived: Sequence[Table[int]] | None = None,
     leaving: Sequence[Holding] = (),
     keep_promises: bool = False,
     restored: Sequence[int] | None = None,
@@ -113,20 +108,18 @@ def shortfalls(
     lacking: list[Need] = []
     for g, (group, need) in enumerate(zip(groups, needs, strict=True)):
         pool = group.pool
-        idle = [b for b in revived[g] if b >= 0 and pool.is_idle(b)] if revived else []
-        left = released_by(group, [h.tables[g] for h in leaving]) if leaving else []
+        idle = pool.idle_worth(revived[g]) if revived else (0, 0)
+        left = pool.released_worth([h.tables[g] for h in leaving]) if leaving else (0, 0)
         short = [0, 0]
         for is_first in (False, True):
-            taken = need[is_first] * pool.price(first=is_first)
-            taken += sum(pool.worth(b) for b in idle if pool.is_first(b) == is_first)
+            taken = need[is_first] * pool.price(first=is_first) + idle[is_first]
             if restored is not None and not is_first:
                 taken += restored[g] * pool.budget.plane
             if not taken:
                 continue
             if keep_promises and not is_first:
                 taken += group.promised * pool.price()
-            room = pool.room(first=is_first)
-            room += sum(pool.worth(b) for b in left if pool.is_first(b) == is_first)
+            room = pool.room(first=is_first) + left[is_first]
             kept = int(reserve * pool.size(first=is_first)) * pool.price(first=is_first)
             short[is_first] = max(0, taken + kept - room)
         lacking.append((short[0], short[1]))

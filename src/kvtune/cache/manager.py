@@ -20,14 +20,17 @@ from dataclasses import replace
 
 import numpy as np
 
-from kvtune.cache.block_pool import NULL_BLOCK
-from kvtune.cache.eviction import PolicyFactory, policy_factory
-from kvtune.cache.group import GroupCache, Table
+from kvtune.cache.block_hashes import HASH_BYTES, joined, own_copy
+from kvtune.cache.eviction import PolicyFactory
+from kvtune.cache.group import GroupCache
 from kvtune.cache.hashing import chain_hashes, root_hash, token_array
 from kvtune.cache.holding import Holding, is_enough, needed_blocks, peak_needs, shared_block, shortfalls
+from kvtune.cache.in_flight import InFlight
 from kvtune.cache.matching import longest_match, miss_causes
+from kvtune.cache.native_pool import NativeInFlight, pool_library
 from kvtune.cache.precision import Precision
 from kvtune.cache.records import Allocation, CacheStats, GroupUsage, PrefixMatch
+from kvtune.cache.table import NULL_BLOCK, Table, null_blocks
 from kvtune.errors import InvariantError, UsageError
 from kvtune.spec import KVGroup, PoolBudget
 from kvtune.types import BlockCopy, BlockHash, BlockId, BlockTable, MissCause, RequestId, TokenArray
@@ -59,18 +62,21 @@ class KVCacheManager:
         num_first_blocks: Sequence[int] | None = None,
         budgets: Sequence[PoolBudget] | None = None,
         num_resting: Sequence[int] | None = None,
+        native: bool | None = None,
     ) -> None:
         """`budgets`: what the bodies may spend; without it their `num_blocks`. `num_resting`: per group, the
-        low planes that may rest in the host arena."""
+        low planes that may rest in the host arena. `native`: keep the pools in native code; None does where
+        that was built and can serve these pools. HostError where True cannot be had."""
         firsts = list(num_first_blocks) if num_first_blocks is not None else [0] * len(groups)
         _check_sizes(groups, num_blocks, firsts, block_size)
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self._fingerprint = fingerprint
+        self._library = pool_library(policy, budgets or (), native)
         self._groups = [
             GroupCache(
-                group, n, f, block_size=block_size, policy=policy_factory(policy), budget=budget,
-                num_resting=resting,
+                group, n, f, block_size=block_size, policy=policy, budget=budget, num_resting=resting,
+                library=self._library,
             )
             for group, n, f, budget, resting in zip(
                 groups, num_blocks, firsts, budgets or [None] * len(groups), num_resting or [0] * len(groups),
@@ -79,11 +85,11 @@ class KVCacheManager:
         ]  # fmt: skip
         self._windowed = [g for g, group in enumerate(groups) if group.window is not None]
         self._holdings: dict[RequestId, Holding] = {}
-        self._in_flight: dict[BlockHash, RequestId] = {}  # hash -> who is computing it for the first time
+        self._in_flight = InFlight() if self._library is None else NativeInFlight(self._library)
         self._stats = CacheStats()
         self.precision = Precision(self._groups, self._holdings, self._in_flight)
         """Which low planes are in the pools, and who reads below nominal precision."""
-        self._no_blocks: tuple[tuple[BlockId, ...], ...] = ((),) * len(groups)
+        self._no_blocks: tuple[Table[int], ...] = (Table("i"),) * len(groups)
 
     # --- looking
 
@@ -104,10 +110,10 @@ class KVCacheManager:
         if not self.enable_prefix_caching or not num_tokens:
             misses = {MissCause.DISABLED: num_tokens} if num_tokens else {}
             return PrefixMatch(num_tokens=0, blocks=self._no_blocks, misses=misses, root=root)
-        hashes = self._continued(root, token_ids, tuple(block_hashes or ()))
+        hashes = self._continued(root, token_ids, block_hashes or ())
         limit = (num_tokens - 1) // self.block_size
         found = longest_match(self._groups, hashes, limit)
-        leader, awaited = self._leader(hashes[found.boundary : limit])
+        leader, awaited = self._in_flight.awaited(hashes[found.boundary : limit])
         return PrefixMatch(
             num_tokens=found.boundary * self.block_size,
             blocks=found.blocks,
@@ -118,34 +124,29 @@ class KVCacheManager:
             block_hashes=hashes,
         )
 
-    def _hash(self, parent: BlockHash, token_ids: Tokens) -> tuple[BlockHash, ...]:
-        return tuple(chain_hashes(parent, token_array(token_ids), self.block_size))
+    def _hash(self, parent: BlockHash, token_ids: Tokens) -> Sequence[BlockHash]:
+        """Native pools take hashes of 32 bytes in one stretch; names of other lengths come from traces."""
+        tokens = token_array(token_ids)
+        if self._library is not None and len(parent) == HASH_BYTES:
+            return self._library.hash_chain(parent, tokens, self.block_size)
+        return tuple(chain_hashes(parent, tokens, self.block_size))
 
     def _continued(
-        self, root: BlockHash, token_ids: Tokens, known: tuple[BlockHash, ...]
-    ) -> tuple[BlockHash, ...]:
+        self, root: BlockHash, token_ids: Tokens, known: Sequence[BlockHash]
+    ) -> Sequence[BlockHash]:
         """`known` hashes and those of the full blocks behind them."""
         num_full = len(token_ids) // self.block_size
         if len(known) > num_full:
             raise InvariantError(f"{len(known)} block hashes do not belong to {len(token_ids)} tokens")
+        if not known:
+            return self._hash(root, token_ids)
         if len(known) == num_full:
             return known
-        return known + self._hash(known[-1] if known else root, token_ids[len(known) * self.block_size :])
-
-    def _leader(self, missing: Sequence[BlockHash]) -> tuple[RequestId | None, BlockHash | None]:
-        leader = self._in_flight.get(missing[0]) if missing else None
-        if leader is None:
-            return None, None
-        awaited = missing[0]
-        for block_hash in missing:
-            if self._in_flight.get(block_hash) != leader:
-                break
-            awaited = block_hash
-        return leader, awaited
+        return joined(known, self._hash(known[-1], token_ids[len(known) * self.block_size :]))
 
     def leader_of(self, block_hash: BlockHash) -> RequestId | None:
         """The request that is computing this block for the first time, None when nobody is."""
-        return self._in_flight.get(block_hash)
+        return self._in_flight.leader(block_hash)
 
     def fits(self, num_tokens: int, budgets: Sequence[PoolBudget] | None = None) -> bool:
         """Whether a sequence this long could ever be held by an empty cache (of other budgets)."""
@@ -188,7 +189,7 @@ class KVCacheManager:
 
     def _no_match(self, token_ids: Tokens | None, cache_salt: str) -> PrefixMatch:
         root = root_hash(self._fingerprint, cache_salt)
-        hashes: tuple[BlockHash, ...] = ()
+        hashes: Sequence[BlockHash] = ()
         if token_ids is not None and self.enable_prefix_caching:
             hashes = self._hash(root, token_ids)
         return PrefixMatch(num_tokens=0, blocks=self._no_blocks, misses={}, root=root, block_hashes=hashes)
@@ -205,7 +206,7 @@ class KVCacheManager:
     ) -> Allocation | None:
         self._refuse_stale(match)
         holding = Holding(
-            [Table("i", b) for b in match.blocks], match.root, list(match.block_hashes), match.num_tokens
+            [Table("i", b) for b in match.blocks], match.root, own_copy(match.block_hashes), match.num_tokens
         )
         now = needs = needed_blocks(self._groups, holding, num_tokens)
         is_gated = gate_tokens is not None
@@ -233,8 +234,8 @@ class KVCacheManager:
         holding.promised = [body for body, _ in needs]
         for group, promised in zip(self._groups, holding.promised, strict=True):
             group.promised += promised
-        for block_hash in match.block_hashes[holding.num_published :]:
-            self._in_flight.setdefault(block_hash, request_id)
+        holding.num_led = len(match.block_hashes)
+        self._in_flight.lead(request_id, match.block_hashes[holding.num_published :])
         self._count_admission(match)
         self._grow(holding, num_tokens)
         return _NO_COPIES
@@ -272,9 +273,9 @@ class KVCacheManager:
             shared = shared_block(group, holding, table)
             if shared is None:
                 continue
-            copy = group.pool.allocate(first=group.pool.is_first(shared))
+            copy = BlockId(group.pool.take(1, first=group.pool.is_first(shared))[0])
             src_row, dst_row = group.pool.row(shared), group.pool.row(copy)
-            group.pool.decref((shared,))
+            group.pool.decref(Table("i", (shared,)))
             table[index] = copy
             copies.append(BlockCopy(group=g, src=shared, dst=copy, src_row=src_row, dst_row=dst_row))
         if copies:
@@ -284,14 +285,14 @@ class KVCacheManager:
     def _grow(self, holding: Holding, num_tokens: int) -> None:
         target = -(-num_tokens // self.block_size)
         for g, (group, table) in enumerate(zip(self._groups, holding.tables, strict=True)):
-            allocate = group.pool.allocate
             if target > 0 and not len(table) and group.pool.has_first:
-                table.append(allocate(first=True))
-            drawn = min(holding.promised[g], max(0, target - len(table)))
+                table.extend(group.pool.take(1, first=True))
+            num_new = max(0, target - len(table))
+            drawn = min(holding.promised[g], num_new)
             holding.promised[g] -= drawn
             group.promised -= drawn
-            while len(table) < target:
-                table.append(allocate())
+            if num_new:
+                table.extend(group.pool.take(num_new))
 
     def commit(self, request_id: RequestId, token_ids: Tokens, num_computed: int) -> None:
         """Positions below `num_computed` are computed: publish full blocks, release passed ones.
@@ -342,28 +343,27 @@ class KVCacheManager:
 
     def _publish(self, request_id: RequestId, holding: Holding, token_ids: Tokens, num_full: int) -> None:
         self._extend_hashes(holding, token_ids, num_full)
-        for i in range(holding.num_published, num_full):
-            block_hash = holding.hashes[i]
-            for group, table in zip(self._groups, holding.tables, strict=True):
-                parent = BlockId(table[i - 1]) if i else NULL_BLOCK
-                table[i] = group.pool.publish(BlockId(table[i]), block_hash, depth=i, parent=parent)
-            if self._in_flight.get(block_hash) == request_id:
-                del self._in_flight[block_hash]
+        start = holding.num_published
+        for group, table in zip(self._groups, holding.tables, strict=True):
+            group.pool.publish(table, holding.hashes, start, num_full)
+        if start < holding.num_led:
+            self._in_flight.leave(request_id, holding.hashes[start : min(num_full, holding.num_led)])
 
     def _extend_hashes(self, holding: Holding, token_ids: Tokens, num_full: int) -> None:
         known = len(holding.hashes)
         if num_full > known:
             parent = holding.hashes[-1] if known else holding.root
-            tokens = token_array(token_ids[known * self.block_size : num_full * self.block_size])
-            holding.hashes += chain_hashes(parent, tokens, self.block_size)
+            holding.hashes.extend(
+                self._hash(parent, token_ids[known * self.block_size : num_full * self.block_size])
+            )
 
     def _release_passed(self, g: int, holding: Holding) -> None:
         visible = min(self._groups[g].first_visible(holding.num_computed), len(holding.tables[g]))
         start = holding.num_released[g]
         if visible > start:
             table = holding.tables[g]
-            self._groups[g].pool.decref([BlockId(b) for b in table[start:visible]])
-            table[start:visible] = Table("i", [NULL_BLOCK]) * (visible - start)
+            self._groups[g].pool.decref(table[start:visible])
+            table[start:visible] = null_blocks(visible - start)
             holding.num_released[g] = visible
 
     def fork(self, parent_id: RequestId, child_id: RequestId) -> None:
@@ -376,14 +376,14 @@ class KVCacheManager:
             raise InvariantError(f"request {child_id!r} exists already")
         num_blocks = -(-parent.num_computed // self.block_size)
         child = Holding(
-            [t[:num_blocks] for t in parent.tables], parent.root, list(parent.hashes), parent.num_computed
+            [t[:num_blocks] for t in parent.tables], parent.root, own_copy(parent.hashes), parent.num_computed
         )
         child.num_published = parent.num_published
         child.num_released = [min(n, num_blocks) for n in parent.num_released]
         child.is_private = parent.is_private
         child.may_share_last = parent.may_share_last = True
         for group, table in zip(self._groups, child.tables, strict=True):
-            group.pool.incref([BlockId(b) for b in table])
+            group.pool.incref(table)
         self._holdings[child_id] = child
 
     def free(self, request_id: RequestId) -> None:
@@ -391,20 +391,20 @@ class KVCacheManager:
         holding = self._holding(request_id)
         del self._holdings[request_id]
         for g, (group, table) in enumerate(zip(self._groups, holding.tables, strict=True)):
-            group.pool.decref([BlockId(b) for b in reversed(table)])
+            group.pool.decref(table[::-1])
             group.promised -= holding.promised[g]
-        for block_hash in holding.hashes[holding.num_published :]:
-            if self._in_flight.get(block_hash) == request_id:
-                del self._in_flight[block_hash]
+        if holding.num_published < holding.num_led:
+            self._in_flight.leave(request_id, holding.hashes[holding.num_published : holding.num_led])
+        self._in_flight.gone(request_id)
 
     def forget(self, block_hashes: Iterable[BlockHash]) -> None:
         """Free the idle blocks with these contents: for content that its owner will not ask for again.
 
         Blocks somebody holds stay. Forget no block without its descendants: they could never be hit.
         """
-        for block_hash in block_hashes:
-            for group in self._groups:
-                group.pool.forget(block_hash)
+        hashes = block_hashes if isinstance(block_hashes, Sequence) else tuple(block_hashes)
+        for group in self._groups:
+            group.pool.forget(hashes)
 
     def reset_prefix_cache(self) -> None:
         """Forget all content. Running requests keep their blocks and publish nothing any more."""
@@ -433,7 +433,7 @@ class KVCacheManager:
     def held_by_others(self, match: PrefixMatch) -> tuple[int, ...]:
         """Per group, the matched blocks that running requests hold at this moment."""
         return tuple(
-            sum(b >= 0 and not group.pool.is_idle(b) for b in blocks)
+            len(blocks) - blocks.count(NULL_BLOCK) - sum(group.pool.num_idle(blocks))
             for group, blocks in zip(self._groups, match.blocks, strict=True)
         )
 
@@ -463,7 +463,7 @@ class KVCacheManager:
             if group.promised != sum(r.promised[g] for r in self._holdings.values()):
                 raise InvariantError(f"group {g}: promised blocks do not add up")
             self._check_sharing(g)
-        if not set(self._in_flight.values()) <= set(self._holdings):
+        if not self._in_flight.requests() <= set(self._holdings):
             raise InvariantError("a request that is gone is still the leader of some block")
 
     def _check_sharing(self, g: int) -> None:
@@ -492,9 +492,8 @@ class KVCacheManager:
 
     def _refuse_stale(self, match: PrefixMatch) -> None:
         for group, blocks in zip(self._groups, match.blocks, strict=True):
-            for block_id, block_hash in zip(blocks, match.block_hashes, strict=False):
-                if block_id >= 0 and group.pool.hash_of(block_id) != block_hash:
-                    raise InvariantError("the cache changed since this match; match again")
+            if not group.pool.holds(blocks, match.block_hashes):
+                raise InvariantError("the cache changed since this match; match again")
 
     def _count_admission(self, match: PrefixMatch) -> None:
         stats = self._stats

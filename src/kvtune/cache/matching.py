@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvtune.cache.group import GroupCache
-from kvtune.types import BlockHash, BlockId, MissCause
+from kvtune.cache.table import Table
+from kvtune.types import BlockHash, MissCause
 
 __all__ = ["Found", "longest_match", "miss_causes"]
 
@@ -17,7 +19,7 @@ class Found:
     """`boundary` blocks hit; `full_run` leading blocks are resident in every full-attention group."""
 
     boundary: int
-    blocks: tuple[tuple[BlockId, ...], ...]
+    blocks: tuple[Table[int], ...]
     full_run: int
 
 
@@ -27,22 +29,23 @@ def longest_match(groups: Sequence[GroupCache], hashes: Sequence[BlockHash], lim
     A full group needs every block; a sliding group those that hold the last W-1 tokens before it.
     """
     full_run = len(hashes)
-    resident: list[Sequence[BlockId | None]] = [()] * len(groups)
+    runs: dict[int, Table[int]] = {}
     for g, group in enumerate(groups):
         if group.window is None:
-            resident[g] = group.longest_run(hashes[:full_run])
-            full_run = len(resident[g])
+            runs[g] = group.pool.find_run(hashes if full_run == len(hashes) else hashes[:full_run])
+            full_run = len(runs[g])
     boundary = min(full_run, limit)
-    sliding = [g for g, group in enumerate(groups) if group.window is not None]
-    for g in sliding:
-        resident[g] = groups[g].residents(hashes[:boundary])
+    sliding = [group for group in groups if group.window is not None]
     is_settled = not sliding
     while not is_settled:  # each group may lower the boundary below what another one accepted
         before = boundary
-        for g in sliding:
-            boundary = groups[g].boundary(resident[g], boundary)
+        for group in sliding:
+            boundary = group.boundary(hashes, boundary)
         is_settled = boundary == before
-    blocks = tuple(g.visible_blocks(r, boundary) for g, r in zip(groups, resident, strict=True))
+    blocks = tuple(
+        runs[g][:boundary] if g in runs else group.visible_blocks(hashes, boundary)
+        for g, group in enumerate(groups)
+    )
     return Found(boundary, blocks, full_run)
 
 
@@ -83,12 +86,11 @@ def _without_lost(groups: Sequence[GroupCache], hashes: Sequence[BlockHash]) -> 
 
 def _num_seen_before(groups: Sequence[GroupCache], hashes: Sequence[BlockHash]) -> int:
     """Blocks that some group still holds, or of which one remembers the eviction."""
-    unseen = hashes
+    seen = array("B", bytes(len(hashes)))
     for group in groups:
-        was_evicted, find = group.index.was_evicted, group.index.find
-        unseen = [h for h in unseen if not was_evicted(h) and find(h) is None]
-    return len(hashes) - len(unseen)
+        group.pool.mark_seen(hashes, seen)
+    return seen.tobytes().count(1)
 
 
 def _is_everywhere(groups: Sequence[GroupCache], hashes: Sequence[BlockHash], i: int, found: Found) -> bool:
-    return i < found.full_run and all(group.index.find(hashes[i]) is not None for group in groups)
+    return i < found.full_run and all(group.pool.last_gap(hashes, i, i + 1) < i for group in groups)

@@ -31,7 +31,8 @@ class PlaneRows:
     """Rows and resting places of one pool; written by its `BlockPool` alone.
 
     `row_of` int32 [num_blocks]: block id -> row, -1 without. `idle`: idle blocks that have a row, the first
-    to go idle in front. `moves`: what is to be done to bytes, in order, until it is taken.
+    to go idle in front. `lowered`: blocks that lost their row since they were taken, whether the plane rests
+    or is lost. `moves`: what is to be done to bytes, in order, until it is taken.
     """
 
     def __init__(self, num_blocks: int, num_rows: int, *, group: int, num_resting: int) -> None:
@@ -40,6 +41,7 @@ class PlaneRows:
         self.num_used = 0
         self.idle: dict[BlockId, None] = {}
         self.resting: dict[BlockId, None] = {}
+        self.lowered: set[BlockId] = set()
         self.moves: list[PlaneMove] = []
         self.num_dropped = self.num_restored = self.num_lost = 0
         self._group = group
@@ -60,6 +62,7 @@ class PlaneRows:
         if not self._free:
             raise InvariantError("no row is free for a low plane; the pool must be asked for room first")
         self.row_of[block_id] = self._free.pop()
+        self.lowered.discard(block_id)
         self.num_used += 1
 
     def give_back(self, block_id: BlockId) -> None:
@@ -69,6 +72,7 @@ class PlaneRows:
         elif block_id in self.resting:
             del self.resting[block_id]
             self._move(PlaneVerb.DISCARD, block_id)
+        self.lowered.discard(block_id)
 
     def drop(self, block_id: BlockId, cause: PlaneCause) -> None:
         """Let the plane rest in the host arena, which has a place."""
@@ -76,6 +80,7 @@ class PlaneRows:
             raise InvariantError("the host arena has no place for another low plane")
         row = self._release_row(block_id)
         self.resting[block_id] = None
+        self.lowered.add(block_id)
         self.num_dropped += 1
         self._move(PlaneVerb.DROP, block_id, row, cause)
 
@@ -89,6 +94,7 @@ class PlaneRows:
     def lose(self, block_id: BlockId) -> None:
         """The plane is gone, whether it had a row or rested."""
         self.give_back(block_id)
+        self.lowered.add(block_id)  # a free block stays here until it is taken again
         self.num_lost += 1
 
     def remember_lost(self, block_hash: BlockHash) -> None:
@@ -121,6 +127,8 @@ class PlaneRows:
         ids = sorted([*rows.tolist(), *self._free])
         if ids != list(range(self.num_rows)) or len(holders) != self.num_used:
             raise InvariantError(f"{len(ids)} rows are used or free, there are {self.num_rows}")
+        if self.lowered & taken != taken - holders:
+            raise InvariantError("blocks without a row are not those that were lowered")
         if not holders | set(self.resting) <= taken or holders & set(self.resting):
             raise InvariantError("a low plane belongs to a free block, or lies in two places")
         if len(self.resting) > self._num_resting or not set(self.idle) <= holders:

@@ -14,20 +14,22 @@ from then on it publishes nothing, to its end. Whoever is admitted later finds f
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
-from kvtune.cache.group import GroupCache, Table
-from kvtune.cache.holding import Holding, Need, needed_blocks, peak_needs, shortfalls
+from kvtune.cache.group import GroupCache
+from kvtune.cache.holding import Holding, needed_blocks, peak_needs, shortfalls
+from kvtune.cache.in_flight import InFlight
 from kvtune.cache.plane_rows import PlaneRows
 from kvtune.cache.records import PrefixMatch
+from kvtune.cache.table import Need, Table
 from kvtune.errors import InvariantError
 from kvtune.spec import PoolBudget
-from kvtune.types import BlockHash, BlockId, PlaneCause, PlaneMove, RequestId
+from kvtune.types import BlockId, PlaneCause, PlaneMove, RequestId
 
 __all__ = ["Precision", "PrecisionCounters"]
 
@@ -52,7 +54,7 @@ class Precision:
         self,
         groups: Sequence[GroupCache],
         holdings: Mapping[RequestId, Holding],
-        in_flight: dict[BlockHash, RequestId],
+        in_flight: InFlight,
     ) -> None:
         self._groups = groups
         self._holdings = holdings
@@ -128,11 +130,11 @@ class Precision:
         *,
         gate_tokens: int,
         reserve: float,
-        request_ids: Sequence[RequestId],
+        request_ids: Callable[[], Sequence[RequestId]],
     ) -> bool:
         """The same for a request that would come with `match`; all of `gate_tokens` must fit once every plane
-        is dropped that may be. A plane without a resting place takes its block out of the index, so match
-        again afterwards."""
+        is dropped that may be. `request_ids` is asked only then. A plane without a resting place takes its
+        block out of the index, so match again afterwards."""
         tables = [Table("i", blocks) for blocks in match.blocks]
         holding = Holding(tables, match.root, [], match.num_tokens)
         now = needed_blocks(self._groups, holding, num_tokens)
@@ -141,7 +143,7 @@ class Precision:
         if not self.would_fit(match, peak, now, reserve):
             return False
         lacking = shortfalls(self._groups, now, reserve, revived=match.blocks)
-        return self._lower(lacking, request_ids, PlaneCause.ADMISSION)
+        return self._lower(lacking, request_ids(), PlaneCause.ADMISSION)
 
     def would_fit(
         self, match: PrefixMatch, needs: Sequence[Need], now: Sequence[Need], reserve: float
@@ -152,7 +154,7 @@ class Precision:
             pool, budget, (body, first) = group.pool, group.pool.budget, needs[g]
             if first and shortfalls([group], [(0, first)], reserve)[0][1]:
                 return False
-            revived = sum(b >= 0 and not pool.is_first(b) and pool.is_idle(b) for b in match.blocks[g])
+            revived = pool.num_idle(match.blocks[g])[0]
             kept = int(reserve * pool.size())
             blocks = pool.usage().referenced + revived + group.promised + body + kept
             planes = self._num_unfinished(g) + min(body, now[g][0])
@@ -215,9 +217,7 @@ class Precision:
         holding, count = self._holdings[request_id], 0
         for g, group, planes in self._elastic:
             if group.pool.num_lowered:
-                table = np.array(holding.tables[g], dtype=np.int32)
-                table = table[(table >= 0) & (table < len(planes.row_of))]
-                count += int((planes.row_of[table] < 0).sum())
+                count += len(planes.lowered.intersection(holding.tables[g]))
         return count
 
     def note_reads(self, request_id: RequestId, num_tokens: int) -> int:
@@ -239,9 +239,7 @@ class Precision:
         if holding.is_private:
             return
         holding.is_private = True
-        for block_hash in holding.hashes[holding.num_published :]:
-            if self._in_flight.get(block_hash) == request_id:
-                del self._in_flight[block_hash]
+        self._in_flight.leave(request_id, holding.hashes[holding.num_published : holding.num_led])
 
     # --- getting planes back
 
@@ -262,12 +260,12 @@ class Precision:
         but leaving a share of `reserve` available; returns how many came."""
         restored = 0
         for g, group, planes in self._elastic:
-            for block in self._holdings[request_id].tables[g] if planes.resting else ():
+            table = self._holdings[request_id].tables[g] if planes.resting else ()
+            for block_id in [BlockId(b) for b in table if b in planes.resting]:
                 if restored == limit or not _has_room_for_plane(group, reserve):
                     break
-                if block in planes.resting:
-                    self._restore(group, BlockId(block), cause)
-                    restored += 1
+                self._restore(group, block_id, cause)
+                restored += 1
         return restored
 
     def restore_idle(self, limit: int, *, reserve: float) -> int:

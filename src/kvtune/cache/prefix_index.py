@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from kvtune.types import BlockHash, BlockId
@@ -46,12 +47,13 @@ class PrefixIndex(Protocol):
 
 
 class HashIndex:
-    """A dict, and the last `max_evicted` evicted hashes to tell EVICTED from NEVER_SEEN."""
+    """A dict, and the last `max_evicted` evictions to tell EVICTED from NEVER_SEEN."""
 
     def __init__(self, *, max_evicted: int) -> None:
         self._blocks: dict[BlockHash, BlockId] = {}
-        self._evicted: OrderedDict[BlockHash, None] = OrderedDict()
+        self._evicted: OrderedDict[BlockHash, int] = OrderedDict()  # number of its eviction
         self._max_evicted = max_evicted
+        self._num_evicted = 0
 
     def find(self, block_hash: BlockHash) -> BlockId | None:
         return self._blocks.get(block_hash)
@@ -64,9 +66,12 @@ class HashIndex:
 
     def evict(self, block_hash: BlockHash) -> None:
         del self._blocks[block_hash]
-        self._evicted[block_hash] = None
-        if len(self._evicted) > self._max_evicted:
-            self._evicted.popitem(last=False)
+        self._num_evicted += 1
+        evicted = self._evicted
+        evicted[block_hash] = self._num_evicted
+        oldest = next(iter(evicted))
+        if evicted[oldest] <= self._num_evicted - self._max_evicted:
+            del evicted[oldest]
 
     def forget(self, block_hash: BlockHash) -> None:
         del self._blocks[block_hash]
@@ -83,3 +88,34 @@ class HashIndex:
 
     def __len__(self) -> int:
         return len(self._blocks)
+
+    # --- many at once
+
+    def run(self, hashes: Iterable[BlockHash]) -> list[BlockId]:
+        """Blocks of the leading run of findable hashes."""
+        run: list[BlockId] = []
+        for block_id in map(self._blocks.get, hashes):
+            if block_id is None:
+                break
+            run.append(block_id)
+        return run
+
+    def has_none_of(self, hashes: Iterable[BlockHash]) -> bool:
+        return self._blocks.keys().isdisjoint(hashes)
+
+    def insert_all(self, hashes: Sequence[BlockHash], block_ids: Iterable[BlockId]) -> None:
+        """Make blocks findable of whose hashes none has a block."""
+        self._blocks.update(zip(hashes, block_ids, strict=True))
+        evicted = self._evicted
+        if not evicted.keys().isdisjoint(hashes):
+            for block_hash in hashes:
+                evicted.pop(block_hash, None)
+
+    def mark_seen(self, hashes: Sequence[BlockHash], seen: array[int]) -> None:
+        """Set seen[i] where hash i is findable or its eviction is remembered."""
+        blocks, evicted = self._blocks, self._evicted
+        if blocks.keys().isdisjoint(hashes) and evicted.keys().isdisjoint(hashes):
+            return
+        for i, block_hash in enumerate(hashes):
+            if block_hash in evicted or block_hash in blocks:
+                seen[i] = 1

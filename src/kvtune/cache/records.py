@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from kvtune.types import BlockCopy, BlockHash, BlockId, MissCause, PlaneCause, RequestId
+from kvtune.cache.table import Table
+from kvtune.types import BlockCopy, BlockHash, MissCause, PlaneCause, RequestId
 
 __all__ = ["Allocation", "CacheStats", "GroupUsage", "PoolUsage", "PrefixMatch"]
 
@@ -15,7 +16,7 @@ class PrefixMatch:
     """The longest cached prefix of some tokens; valid until the cache changes.
 
     `num_tokens` is a multiple of the block size, at most `len(tokens) - 1`, valid in every group.
-    `blocks[g][i]` is group g's block i, -1 where it lies before the group's window.
+    `blocks[g][i]` (int32 arrays) is group g's block i, -1 where it lies before the group's window.
     `misses` counts tokens by cause: `num_tokens + sum(misses.values()) == len(tokens)`.
     `leader` is the request now computing the first missing block that would help, `awaited` the
     deepest block of this prefix the leader is computing: once it is no longer in flight, match again.
@@ -24,12 +25,12 @@ class PrefixMatch:
     """
 
     num_tokens: int
-    blocks: tuple[tuple[BlockId, ...], ...]
+    blocks: tuple[Table[int], ...]
     misses: Mapping[MissCause, int]
     root: BlockHash
     leader: RequestId | None = None
     awaited: BlockHash | None = None
-    block_hashes: tuple[BlockHash, ...] = ()
+    block_hashes: Sequence[BlockHash] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -295,7 +295,8 @@ class Engine(Closing):
     def cached_blocks(self, prompt: Prompt, *, cache_salt: str = "") -> tuple[tuple[BlockId, ...], ...]:
         """Per KV group, the blocks a request with this prompt would hit; -1 outside the group's window."""
         tokens = prompt_token_ids(prompt, self.loaded.tokenizer, self.loaded.vocab_size)
-        return self._manager.match(tokens, cache_salt=cache_salt).blocks
+        blocks = self._manager.match(tokens, cache_salt=cache_salt).blocks
+        return tuple(tuple(BlockId(b) for b in table) for table in blocks)
 
     @property
     def num_running(self) -> int:

@@ -47,7 +47,7 @@ class _Progress:
     order: int
     request_id: RequestId
     tokens: npt.NDArray[np.int32]
-    block_hashes: tuple[BlockHash, ...]
+    block_hashes: Sequence[BlockHash]
     position: int = 0
     parts: list[_Part] = field(default_factory=list[_Part])
 

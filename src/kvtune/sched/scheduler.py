@@ -13,6 +13,7 @@ else runs.
 
 from __future__ import annotations
 
+import collections.abc
 from collections import Counter
 from collections.abc import Callable, Iterable
 
@@ -88,7 +89,9 @@ class Scheduler:
 
     # --- requests come and go
 
-    def add(self, request: Request, *, block_hashes: tuple[BlockHash, ...] = ()) -> SequenceView:
+    def add(
+        self, request: Request, *, block_hashes: collections.abc.Sequence[BlockHash] = ()
+    ) -> SequenceView:
         """Queue a request. UsageError when it can never be served or its id is in use.
 
         `block_hashes` of the prompt's leading full blocks, where the caller knows them (a trace may name
@@ -312,7 +315,7 @@ class Scheduler:
             )
             if allocation is not None:
                 break
-            lowered = self._lowering.admit(sequence, num_tokens, self._running, reserve, self._match)
+            lowered = self._lowering.admit(sequence, num_tokens, self._running, reserve, match, self._match)
             if lowered is not None:
                 match, allocation = lowered
                 break

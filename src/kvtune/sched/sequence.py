@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections.abc
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from typing import Protocol
@@ -97,7 +98,7 @@ class Sequence:
         self.most_computed_tokens = 0  # what recomputation after a preemption is measured against
         self.misses: Mapping[MissCause, int] = {}
         self.finish_reason: FinishReason | None = None
-        self.block_hashes: tuple[BlockHash, ...] = ()  # of leading full blocks, as far as known
+        self.block_hashes: collections.abc.Sequence[BlockHash] = ()  # of leading full blocks, as far as known
         self.awaited: BlockHash | None = None  # block of this prefix another request is computing
         self._buffer: TokenArray = np.array(prompt, dtype=np.int32)
         self._first_scheduled_s: float | None = None

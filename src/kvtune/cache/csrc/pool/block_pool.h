@@ -1,0 +1,296 @@
+// The native twin of kvtune.cache.block_pool.BlockPool, for pools whose low planes stay: who is free, idle or
+// referenced, and which block holds which content. Verbs take many blocks at once.
+#pragma once
+
+#include <algorithm>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "digest_index.h"
+#include "order.h"
+
+namespace kvtune::pool {
+
+// A caller's bug, told to Python as an InvariantError.
+struct PoolError : std::logic_error {
+  using std::logic_error::logic_error;
+};
+
+inline PoolError about(int32_t id, const char* what) {
+  return PoolError("block " + std::to_string(id) + " " + what);
+}
+
+using MakeOrder = std::function<std::unique_ptr<Order>(Links& links, int64_t num_ids, int64_t capacity)>;
+
+class BlockPool {
+ public:
+  enum Part { BODY = 0, FIRST = 1 };
+
+  struct Counts {
+    int64_t free, idle, evicted, published, duplicates, bytes;
+  };
+
+  BlockPool(int64_t num_body, int64_t num_first, int64_t budget, int64_t max_evicted, MakeOrder make_order)
+      : index(num_body + num_first, max_evicted), states_(num_body + num_first), links_(num_body + num_first),
+        make_order_(std::move(make_order)) {
+    parts_[BODY].end = parts_[FIRST].begin = parts_[FIRST].fresh = static_cast<int32_t>(num_body);
+    parts_[FIRST].end = static_cast<int32_t>(num_body + num_first);
+    parts_[BODY].budget = budget;
+    parts_[FIRST].budget = num_first;
+    renew_orders();
+  }
+
+  int64_t num_ids() const { return states_.size(); }
+  uint32_t ref_count(int32_t id) const { return states_[id] & ~PUBLISHED; }
+  bool is_published(int32_t id) const { return (states_[id] & PUBLISHED) != 0; }
+  bool is_idle(int32_t id) const { return states_[id] == PUBLISHED; }
+  Part part_of(int32_t id) const { return id >= parts_[FIRST].begin ? FIRST : BODY; }
+  bool has_first() const { return parts_[FIRST].size() > 0; }
+
+  Counts counts(Part part) const {
+    const int64_t bytes = index.bytes() + states_.bytes() + links_.bytes() + parts_[BODY].order->bytes() +
+                          parts_[FIRST].order->bytes();
+    return {parts_[part].num_free(), parts_[part].order->num_candidates(), num_evicted_, num_published_,
+            num_duplicates_, bytes};
+  }
+
+  // --- looking
+
+  int64_t find_run(const Digest* digests, int64_t num, int32_t* out) const {
+    for (int64_t i = 0; i < num; ++i) {
+      if (i + AHEAD < num) index.prefetch(digests[i + AHEAD]);
+      out[i] = index.find(digests[i]);
+      if (out[i] == NO_ID) return i;
+    }
+    return num;
+  }
+
+  // The last of digests start..end-1 without a block, start - 1 where all have one.
+  int64_t last_gap(const Digest* digests, int64_t start, int64_t end) const {
+    int64_t i = end - 1;
+    while (i >= start && index.find(digests[i]) != NO_ID) --i;
+    return i;
+  }
+
+  void mark_seen(const Digest* digests, int64_t num, uint8_t* seen) const {
+    for (int64_t i = 0; i < num; ++i) {
+      if (i + AHEAD < num) {
+        index.prefetch(digests[i + AHEAD]);
+        index.evicted.prefetch(digests[i + AHEAD].mixed());
+      }
+      if (index.evicted.contains(digests[i].mixed()) || index.find(digests[i]) != NO_ID) seen[i] = 1;
+    }
+  }
+
+  bool holds(const int32_t* ids, const Digest* digests, int64_t num) const {
+    for (int64_t i = 0; i < num; ++i) {
+      if (ids[i] >= 0 && !(is_published(ids[i]) && index.digest(ids[i]) == digests[i])) return false;
+    }
+    return true;
+  }
+
+  // Idle ones of these blocks, by part.
+  void num_idle(const int32_t* ids, int64_t num, int64_t* out) const {
+    out[BODY] = out[FIRST] = 0;
+    for (int64_t i = 0; i < num; ++i) {
+      if (ids[i] >= 0 && is_idle(ids[i])) ++out[part_of(ids[i])];
+    }
+  }
+
+  // Blocks nobody would hold if these references were given back, by part. `ids` is sorted on return.
+  void num_released(int32_t* ids, int64_t num, int64_t* out) const {
+    out[BODY] = out[FIRST] = 0;
+    std::sort(ids, ids + num);
+    for (int64_t i = 0, same = 0; i < num; i += same) {
+      for (same = 1; i + same < num && ids[i + same] == ids[i];) ++same;
+      if (ids[i] >= 0 && ref_count(ids[i]) == same) ++out[part_of(ids[i])];
+    }
+  }
+
+  // --- taking and giving back
+
+  void begin(const Digest* digests, int64_t num) {
+    const int64_t num_first = has_first() ? std::min<int64_t>(1, num) : 0;
+    if (num_first > 0) parts_[FIRST].order->begin(digests, num_first);
+    parts_[BODY].order->begin(digests + num_first, num - num_first);
+  }
+
+  void take(Part which, int64_t num, int32_t* out) {
+    Part_& part = parts_[which];
+    for (int64_t i = 0; i < num; ++i) {
+      while (part.num_free() == 0 || part.num_taken() >= part.budget) evict(part);
+      out[i] = pop_free(part);
+      states_[out[i]] = 1;
+    }
+  }
+
+  void incref(const int32_t* ids, int64_t num) {
+    for (int64_t i = 0; i < num; ++i) {
+      const int32_t id = ids[i];
+      if (id < 0) continue;
+      if (ref_count(id) == 0) {
+        if (!is_published(id)) throw about(id, "is free and cannot be shared");
+        order_of(id).pin(id);
+      }
+      ++states_[id];
+    }
+  }
+
+  void decref(const int32_t* ids, int64_t num) {
+    for (int64_t i = 0; i < num; ++i) {
+      const int32_t id = ids[i];
+      if (id < 0) continue;
+      if (ref_count(id) == 0) throw about(id, "was given back more often than taken");
+      --states_[id];
+      if (states_[id] == 0) {
+        push_free(part(id), id);
+      } else if (is_idle(id)) {
+        order_of(id).unpin(id);
+      }
+    }
+  }
+
+  // Makes table[start..end-1] findable under digests[start..end-1]; the canonical blocks replace second copies.
+  void publish(int32_t* table, const Digest* digests, int64_t start, int64_t end) {
+    for (int64_t i = start; i < end; ++i) {
+      if (i + AHEAD < end) {
+        index.prefetch(digests[i + AHEAD]);
+        index.evicted.prefetch(digests[i + AHEAD].mixed());
+      }
+      const int32_t id = table[i];
+      if (is_published(id)) {
+        if (!(index.digest(id) == digests[i])) throw about(id, "is published under another hash");
+        continue;
+      }
+      if (!index.insert(digests[i], id)) {
+        const int32_t canonical = index.find(digests[i]);
+        incref(&canonical, 1);
+        decref(&id, 1);
+        table[i] = canonical;
+        ++num_duplicates_;
+        continue;
+      }
+      states_[id] |= PUBLISHED;
+      ++num_published_;
+      const int32_t before = i > 0 ? table[i - 1] : NO_ID;
+      const bool is_apart = before < 0 || part_of(before) != part_of(id);
+      order_of(id).insert(id, is_apart ? NO_ID : before, digests[i]);
+    }
+  }
+
+  // Frees the idle blocks with these contents.
+  void forget(const Digest* digests, int64_t num) {
+    for (int64_t i = 0; i < num; ++i) {
+      const int32_t id = index.find(digests[i]);
+      if (id == NO_ID || ref_count(id) != 0) continue;
+      order_of(id).remove(id);
+      index.forget(digests[i]);
+      states_[id] = 0;
+      push_free(part(id), id);
+    }
+  }
+
+  bool evict_idle(Part which) {
+    if (parts_[which].order->num_candidates() == 0) return false;
+    evict(parts_[which]);
+    return true;
+  }
+
+  // In order of their ids, as if they had all been given back.
+  void unpublish_all() {
+    for (int32_t id = 0; id < num_ids(); ++id) {
+      if (!is_published(id)) continue;
+      states_[id] &= ~PUBLISHED;
+      if (states_[id] == 0) push_free(part(id), id);
+    }
+    renew_orders();
+    index.clear();
+  }
+
+  // Another purse for the body. The lowest free ids go first now.
+  void set_budget(int64_t budget) {
+    Part_& body = parts_[BODY];
+    body.budget = budget;
+    std::vector<int32_t> ids;
+    for (int32_t id = body.free_head; body.num_returned > 0; id = links_.next[id], --body.num_returned) {
+      ids.push_back(id);
+    }
+    std::sort(ids.begin(), ids.end(), std::greater<>());
+    for (const int32_t id : ids) push_free(body, id);
+  }
+
+  // Body ids without content, the next to go last.
+  int64_t free_ids(int32_t* out) const {
+    const Part_& body = parts_[BODY];
+    int64_t num = 0;
+    for (int32_t id = body.end - 1; id >= body.fresh; --id) out[num++] = id;
+    const int64_t num_fresh = num;
+    for (int32_t id = body.free_head; num < num_fresh + body.num_returned; id = links_.next[id]) out[num++] = id;
+    std::reverse(out + num_fresh, out + num);
+    return num;
+  }
+
+  int32_t victim(Part which) { return parts_[which].order->victim(); }
+
+  DigestIndex index;
+
+ private:
+  static constexpr uint32_t PUBLISHED = 1u << 31;
+  static constexpr int64_t AHEAD = 12;
+
+  // One range of ids. Those from `fresh` on were never taken; those returned lie on a stack.
+  struct Part_ {
+    int32_t begin = 0, end = 0, fresh = 0;
+    int32_t free_head = NO_ID;
+    int64_t num_returned = 0, budget = 0;
+    std::unique_ptr<Order> order;
+
+    int64_t size() const { return end - begin; }
+    int64_t num_free() const { return end - fresh + num_returned; }
+    int64_t num_taken() const { return size() - num_free(); }
+  };
+
+  Part_& part(int32_t id) { return parts_[part_of(id)]; }
+  Order& order_of(int32_t id) { return *part(id).order; }
+
+  int32_t pop_free(Part_& part) {
+    if (part.num_returned == 0) return part.fresh++;
+    const int32_t id = part.free_head;
+    part.free_head = links_.next[id];
+    --part.num_returned;
+    return id;
+  }
+
+  void push_free(Part_& part, int32_t id) {
+    links_.next[id] = part.free_head;
+    part.free_head = id;
+    ++part.num_returned;
+  }
+
+  void evict(Part_& part) {
+    const int32_t id = part.order->victim();
+    if (id == NO_ID) throw PoolError("no block is free or idle; the caller must test for room first");
+    if (!is_idle(id)) throw about(id, "was chosen by the eviction policy, and is not idle");
+    part.order->remove(id);
+    const Digest digest = index.digest(id);
+    index.evict(digest);
+    states_[id] = 0;
+    push_free(part, id);
+    ++num_evicted_;
+  }
+
+  void renew_orders() {
+    for (Part_& part : parts_) part.order = make_order_(links_, num_ids(), std::max<int64_t>(part.budget, 0));
+  }
+
+  LazyArray<uint32_t> states_;  // reference count, and PUBLISHED where the content is in the index
+  Links links_;
+  MakeOrder make_order_;
+  Part_ parts_[2];
+  int64_t num_evicted_ = 0, num_published_ = 0, num_duplicates_ = 0;
+};
+
+}  // namespace kvtune::pool

@@ -1,0 +1,57 @@
+// 32-byte names of blocks, and arrays that take no memory before they are written.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+
+namespace kvtune::pool {
+
+// A SHA-256 of a block and all before it, or another unique name, zeros behind it.
+struct Digest {
+  uint64_t words[4];
+
+  bool operator==(const Digest& other) const { return std::memcmp(words, other.words, sizeof(words)) == 0; }
+
+  // Well mixed whatever the name is made of (murmur3's finaliser over a sum of the words).
+  uint64_t mixed() const {
+    uint64_t x = words[0] + 0x9e3779b97f4a7c15 * words[1] + 0xc2b2ae3d27d4eb4f * words[2] +
+                 0x165667b19e3779f9 * words[3];
+    x = (x ^ x >> 33) * 0xff51afd7ed558ccd;
+    x = (x ^ x >> 33) * 0xc4ceb9fe1a85ec53;
+    return x ^ x >> 33;
+  }
+};
+static_assert(sizeof(Digest) == 32);
+
+// 0..size-1, evenly (Lemire 2019).
+inline int64_t place_of(uint64_t mixed, int64_t size) {
+  return static_cast<int64_t>(static_cast<unsigned __int128>(mixed) * static_cast<uint64_t>(size) >> 64);
+}
+
+// Zeros; pages are taken from the system when they are first written.
+template <class T>
+class LazyArray {
+ public:
+  explicit LazyArray(int64_t size)
+      : size_(size), data_(static_cast<T*>(std::calloc(static_cast<size_t>(size > 0 ? size : 1), sizeof(T)))) {
+    if (!data_) throw std::bad_alloc();
+  }
+  T& operator[](int64_t i) { return data_.get()[i]; }
+  const T& operator[](int64_t i) const { return data_.get()[i]; }
+  T* data() { return data_.get(); }
+  int64_t size() const { return size_; }
+  int64_t bytes() const { return size_ * static_cast<int64_t>(sizeof(T)); }
+  void clear() { std::memset(data_.get(), 0, static_cast<size_t>(bytes())); }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { std::free(p); }
+  };
+  int64_t size_;
+  std::unique_ptr<T, Free> data_;
+};
+
+}  // namespace kvtune::pool
