@@ -51,18 +51,20 @@ class Lowering:
         num_tokens: int,
         running: Iterable[Sequence],
         reserve: float,
+        *,
+        found: PrefixMatch,
         match: Callable[[Sequence], PrefixMatch],
     ) -> tuple[PrefixMatch, Allocation] | None:
-        """Allocate for a waiting request, which reads matched blocks as they are: what it hits and gets."""
+        """Allocate for a waiting request, which reads matched blocks as they are: what it hits and gets.
+        `found`: what it would hit now."""
         if not self._precision.can_lower:
             return None
-        found = match(sequence)
         is_possible = self._precision.lower_for_admission(
             found,
             found.num_tokens + num_tokens,
             gate_tokens=sequence.num_tokens,
             reserve=reserve,
-            request_ids=self._below(sequence, running),
+            request_ids=lambda: self._below(sequence, running),
         )
         if not is_possible:
             return None

@@ -315,7 +315,9 @@ class Scheduler:
             )
             if allocation is not None:
                 break
-            lowered = self._lowering.admit(sequence, num_tokens, self._running, reserve, match, self._match)
+            lowered = self._lowering.admit(
+                sequence, num_tokens, self._running, reserve, found=match, match=self._match
+            )
             if lowered is not None:
                 match, allocation = lowered
                 break
