@@ -88,7 +88,8 @@ def paged_attention(
     score of the keys' centre to every score, so sinks, soft-caps and a first block of another codec see
     the scores of the keys themselves.
     Native serves prefill chunks too, 64 query rows of a KV head to a pass over the keys; a row's bits do not
-    depend on how a prompt was chunked, nor on threads.
+    depend on how a prompt was chunked, nor on threads. Sequences with few rows whose block tables begin alike
+    read that beginning once for all of them, which changes no bit either.
     """
     _check_query(q, cache, batch)
     masking = Masking(scale, window, softcap, sinks)

@@ -128,7 +128,8 @@ static void quantise_weights(const TokenGroup* groups, int rows, int B, bool kee
 #endif
 
 #ifdef KV_BF16_DOT
-// Weights and values as bf16, summed in float.
+// Weights and values as bf16, summed in float. (Weights in float, or in two halves of bf16, were measured on Zen 5:
+// 3 to 16 % more time at decode, 24 to 36 % at prefill.)
 template <int CODEC, int R, int NV>
 KV_INLINE void add_values_bf16(const TokenGroup* groups, int at, int count, int d0, int dim, const Work& work,
                                float* out) {
