@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from kvtune import EngineConfig, SamplingParams
 from kvtune.engine import load_model
-from kvtune.engine.runner import last_rows, pack_step, row_multiple
+from kvtune.engine.runner import last_rows, pack_step, row_multiple, tail_starts
 from kvtune.errors import InvariantError
 from kvtune.types import BlockCopy, BlockId, RequestId, ScheduledChunk
 
@@ -89,3 +91,30 @@ def test_logits_are_those_of_the_rows_asked_for(llama, make_engine):
     picked = runner.forward(chunks, np.array([46, 3, 36]))
     torch.testing.assert_close(picked, whole[[46, 3, 36]])
     assert runner.forward(chunks, np.array([], dtype=np.int64)).numel() == 0
+
+
+def test_the_last_rows_of_sequences_are_told_from_any_other_choice():
+    starts = np.array([0, 3, 3, 7], dtype=np.int32)
+    assert tail_starts(starts, np.array([2, 5, 6])).tolist() == [0, 1, 1, 3]
+    assert tail_starts(starts, np.arange(7)).tolist() == [0, 3, 3, 7]
+    assert tail_starts(starts, np.array([], dtype=np.int64)).tolist() == [0, 0, 0, 0]
+    for other in ([1], [2, 5], [6, 2], [2, 6, 6]):
+        assert tail_starts(starts, np.array(other)) is None
+
+
+@pytest.mark.parametrize("kernel", ["torch", "auto"])
+@pytest.mark.parametrize("pad_rows", [0, 16])
+def test_a_last_layer_that_computes_wanted_rows_alone_gives_the_same_logits(
+    llama, make_engine, kernel, pad_rows
+):
+    settings = {"kernel": kernel, "pad_rows": pad_rows}
+    fused = make_engine(llama, config=settings)._runner
+    plain = make_engine(dataclasses.replace(llama, decoder=None), config=settings)._runner
+    for runner in (fused, plain):
+        runner.forward([_chunk(range(3, 40), 0, [0, 1, 2])], np.array([], dtype=np.int64))
+    chunks = [_chunk(range(40, 45), 37, [0, 1, 2]), _chunk(range(50, 60), 0, [3])]
+    for rows in ([4, 14], [3, 4], [14], list(range(15)), [14, 2]):
+        wanted = np.array(rows)
+        torch.testing.assert_close(
+            fused.forward(chunks, wanted), plain.forward(chunks, wanted), atol=1e-4, rtol=0
+        )

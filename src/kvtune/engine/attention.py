@@ -18,7 +18,7 @@ from kvtune.codecs import write_kv
 from kvtune.errors import InvariantError, UnsupportedModelError
 from kvtune.kernels import AttentionBatch, Backend, LayerCache, paged_attention
 
-__all__ = ["ATTENTION_NAME", "AttentionLayer", "AttentionStep", "attend", "register_attention"]
+__all__ = ["ATTENTION_NAME", "AttentionLayer", "AttentionStep", "attend", "register_attention", "store"]
 
 ATTENTION_NAME = "kvtune_paged"
 
@@ -39,11 +39,16 @@ class AttentionLayer:
 
 @dataclass(slots=True)
 class AttentionStep:
-    """One packed step: a batch per KV group; `calls[i]` counts the calls of layer i."""
+    """One packed step: a batch per KV group; `calls[i]` counts the calls of layer i.
+
+    `tails`: the same batches with nobody's rows but those whose logits are wanted, where these are the last
+    of each sequence: all that a last layer has to attend with.
+    """
 
     batches: tuple[AttentionBatch, ...]
     layers: dict[int, AttentionLayer]
     backend: Backend
+    tails: tuple[AttentionBatch, ...] | None = None
     calls: dict[int, int] = field(default_factory=dict[int, int])
 
 
@@ -97,15 +102,25 @@ def attend(
     scale: float,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    is_tail: bool = False,
 ) -> torch.Tensor:
-    """Write k [N, h, Dk] and v [N, h, Dv] of layer `index`, then attend with q [N, H, Dk]: [N, H, Dv]."""
+    """Write k [N, h, Dk] and v [N, h, Dv] of layer `index`, then attend with q [n, H, Dk]: [n, H, Dv].
+
+    `is_tail`: the rows of q are those of `step.tails`, else all N of the step.
+    """
+    layer = store(step, index, k, v)
+    batches = step.tails if is_tail and step.tails is not None else step.batches
+    return layer.attend(
+        q, layer.cache, batches[layer.group], scale=scale, window=layer.window, softcap=softcap,
+        sinks=sinks, backend=step.backend,
+    )  # fmt: skip
+
+
+def store(step: AttentionStep, index: int, k: torch.Tensor, v: torch.Tensor) -> AttentionLayer:
+    """Write k [N, h, Dk] and v [N, h, Dv] of layer `index`; the layer."""
     layer = step.layers.get(index)
     if layer is None:
         raise UnsupportedModelError(f"layer {index} attends, but config.json gives it no KV cache of its own")
     step.calls[index] = step.calls.get(index, 0) + 1
-    batch = step.batches[layer.group]
-    write_kv(layer.cache, k, v, batch.slots, backend=step.backend)
-    return layer.attend(
-        q, layer.cache, batch, scale=scale, window=layer.window, softcap=softcap, sinks=sinks,
-        backend=step.backend,
-    )  # fmt: skip
+    write_kv(layer.cache, k, v, step.batches[layer.group].slots, backend=step.backend)
+    return layer

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from kvtune.engine.attention import AttentionStep, attend
+from kvtune.engine.attention import AttentionStep, attend, store
 from kvtune.engine.layer_ops import HeadNorms, Heads, LayerOps, layer_ops
 
 __all__ = ["FUSED_FAMILIES", "Decoder", "Linear", "fused_decoder"]
@@ -121,26 +121,36 @@ class Decoder:
         self._head.pack(keep=keep)
 
     def forward(
-        self, input_ids: torch.Tensor, positions: torch.Tensor, step: AttentionStep, keep: torch.Tensor
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        step: AttentionStep,
+        keep: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Logits [len(keep), V] of the given rows of a packed step of `input_ids`, `positions` int64 [N]."""
+        """Logits [len(keep), V] of the given rows (None: all) of a step of `input_ids`, `positions` [N].
+
+        With `step.tails` the last layer computes nothing but these rows, besides everyone's keys and values.
+        """
         ops = self._ops
         residual = functional.embedding(input_ids, self._embedding)
-        cos, sin = (
-            angle[0] for angle in self._rotary(residual.new_empty(0, dtype=torch.float32), positions[None])
-        )
+        angles = self._rotary(residual.new_empty(0, dtype=torch.float32), positions[None])
+        cos, sin = (angle[0] for angle in angles)
         delta = None
         for layer in self._layers:
             x = ops.add_norm(residual, delta, layer.norm.weight, layer.norm.eps)
             q, k, v = ops.split_rope(layer.qkv(x), cos, sin, layer.heads, layer.head_norms)
-            attended = attend(step, layer.index, q, k, v, scale=layer.scale)
-            delta = layer.out(attended.view(len(x), -1))
+            is_tail = layer is self._layers[-1] and step.tails is not None
+            if is_tail and keep is not None:
+                if not len(keep):
+                    store(step, layer.index, k, v)
+                    return residual.new_empty(0, 0)
+                q, residual, keep = q.index_select(0, keep), residual.index_select(0, keep), None
+            attended = attend(step, layer.index, q, k, v, scale=layer.scale, is_tail=is_tail)
+            delta = layer.out(attended.view(len(attended), -1))
             x = ops.add_norm(residual, delta, layer.mlp_norm.weight, layer.mlp_norm.eps)
             delta = layer.down(ops.silu_mul(layer.gate_up(x)))
-        x = ops.add_norm(
-            residual[keep], None if delta is None else delta[keep], self._norm.weight, self._norm.eps
-        )
-        return self._head(x)
+        x = ops.add_norm(residual, delta, self._norm.weight, self._norm.eps)
+        return self._head(x if keep is None else x.index_select(0, keep))
 
 
 def fused_decoder(model: PreTrainedModel) -> Decoder | None:

@@ -7,7 +7,7 @@ knows nothing of requests, queues or sampling.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from kvtune.kernels import AttentionBatch, Backend, LayerCache, copy_blocks
 from kvtune.spec import KVGroup
 from kvtune.types import BlockCopy, ScheduledChunk
 
-__all__ = ["ModelRunner", "PackedStep", "last_rows", "pack_step", "row_multiple"]
+__all__ = ["ModelRunner", "PackedStep", "last_rows", "pack_step", "row_multiple", "tail_starts"]
 
 IntArray = npt.NDArray[np.int64]
 _EXACT_ROWS = 32
@@ -96,6 +96,14 @@ def row_multiple(num_tokens: int) -> int:
     return 1 if num_tokens <= _EXACT_ROWS else 1 << ((num_tokens - 1).bit_length() - 4)
 
 
+def tail_starts(query_start: npt.NDArray[np.int32], rows: IntArray) -> npt.NDArray[np.int32] | None:
+    """[S + 1] starts of each sequence's share of `rows`, where that is the last rows it has in the step; else
+    None."""
+    bounds = np.searchsorted(rows, query_start)
+    expected = np.repeat(query_start[1:] - bounds[1:], np.diff(bounds)) + np.arange(len(rows))
+    return bounds.astype(np.int32) if np.array_equal(rows, expected) else None
+
+
 def last_rows(chunks: Sequence[ScheduledChunk]) -> IntArray:
     """Row of the last token of each chunk that samples, in chunk order."""
     ends = np.cumsum([len(chunk.token_ids) for chunk in chunks], dtype=np.int64) - 1
@@ -166,25 +174,37 @@ class ModelRunner:
             chunks, num_groups=len(self._groups), block_size=self._block_size, pad_rows=self._multiple(chunks)
         )
         step = AttentionStep(self._batches(packed), self._layers, self._backend)
-        keep = rows
-        if self._pad_rows and len(rows):
-            keep = np.resize(rows, -(-len(rows) // self._pad_rows) * self._pad_rows)
         with torch.inference_mode():
-            logits = self._run_model(packed, step, keep)
+            logits = self._run_model(packed, step, rows)
         self._check_calls(step)
         return logits[: len(rows)]
+
+    def _padded(self, rows: IntArray) -> IntArray:
+        """Some rows twice, so that their number is one the output head has seen."""
+        multiple = self._pad_rows
+        if not multiple and self._decoder is not None and self._has_kernel_per_shape:
+            multiple = row_multiple(len(rows))
+        return np.resize(rows, -(-len(rows) // multiple) * multiple) if multiple and len(rows) else rows
 
     def _multiple(self, chunks: Sequence[ScheduledChunk]) -> int:
         if self._pad_rows or not self._has_kernel_per_shape:
             return self._pad_rows
         return row_multiple(sum(len(chunk.token_ids) for chunk in chunks))
 
-    def _run_model(self, packed: PackedStep, step: AttentionStep, keep: IntArray) -> torch.Tensor:
-        if self._decoder is not None:
-            return self._decoder.forward(
-                torch.from_numpy(packed.input_ids), torch.from_numpy(packed.positions), step,
-                torch.from_numpy(keep),
-            )  # fmt: skip
+    def _run_model(self, packed: PackedStep, step: AttentionStep, rows: IntArray) -> torch.Tensor:
+        if self._decoder is None:
+            return self._run_modules(packed, step, self._padded(rows))
+        keep = None
+        if len(rows) < packed.query_start[-1] or (np.diff(rows) != 1).any():
+            keep = torch.from_numpy(self._padded(rows))
+            starts = tail_starts(packed.query_start, rows)
+            if starts is not None:
+                query_start = torch.from_numpy(starts)
+                step.tails = tuple(replace(batch, query_start=query_start) for batch in step.batches)
+        input_ids, positions = torch.from_numpy(packed.input_ids), torch.from_numpy(packed.positions)
+        return self._decoder.forward(input_ids, positions, step, keep)
+
+    def _run_modules(self, packed: PackedStep, step: AttentionStep, keep: IntArray) -> torch.Tensor:
         arguments: dict[str, Any] = {
             "input_ids": torch.from_numpy(packed.input_ids)[None],
             "position_ids": torch.from_numpy(packed.positions)[None],
