@@ -67,6 +67,13 @@ def test_knobs_offer_the_baseline_and_smaller_codecs(target):
     assert [knob.name for knob in knobs.values() if knob.is_lossy] == ["k_codec", "v_codec"]
 
 
+def test_nested_the_code_of_two_planes_is_the_only_one_of_8_bits(llama_folder):
+    nested = EngineTarget(llama_folder, config=EngineConfig(kernel="torch"), nested=True)
+    knobs = {knob.name: knob for knob in nested.knobs()}
+    assert knobs["k_codec"].values == knobs["v_codec"].values == ("bf16", "n8_rh", "int4", "int4_rh")
+    assert nested.layer_codecs().codecs == ("bf16", "n8_rh", "int4", "int4_rh", "n4_rh")
+
+
 def test_effective_settings_are_those_asked_for_read_from_the_engine(target):
     with target.start(CONFIG, kv_budget_bytes=1 << 20) as running:
         effective = running.effective

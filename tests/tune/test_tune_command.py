@@ -36,7 +36,7 @@ def trace(tmp_path: Path) -> Path:
 @pytest.fixture
 def target(fake: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     made = fake()
-    monkeypatch.setattr(command, "open_target", lambda *_: (made, 48, 512))
+    monkeypatch.setattr(command, "open_target", lambda *_, **__: (made, 48, 512))
     return made
 
 
@@ -67,6 +67,17 @@ def test_the_end_shows_winner_bytes_held_verdict_and_the_next_command(
     assert "k_codec int8, v_codec int8" in text and "0.516x" in text
     assert "verdict     PASS" in text and "not proven" in text and "next step" in text and "FAIL" in text
     assert f"kvtune emit {tmp_path / 'out' / 'recipe.json'} --target transformers" in text
+
+
+def test_a_squeeze_is_proven_only_when_asked_and_the_command_repeats_it(
+    target: Any, model: Path, trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments(model, trace, tmp_path / "out"), "--squeeze"]) == 0
+    assert "squeeze     no low plane may go: no side of the winner is stored" in capsys.readouterr().out
+    record = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert record["command"].endswith("--squeeze")
+    assert main([*arguments(model, trace, tmp_path / "other"), "--squeeze", "--engine", "vllm"]) == 2
+    assert "cannot read one plane of two" in capsys.readouterr().err
 
 
 def test_an_interrupt_exits_130_and_says_how_to_resume(

@@ -73,6 +73,14 @@ def tune(
     per_layer: Annotated[
         bool, typer.Option(help="Also search codecs layer by layer (kvtune's engine).")
     ] = True,
+    squeeze: Annotated[
+        bool,
+        typer.Option(
+            "--squeeze",
+            help="Store sides of 8 bits in two planes, and prove which may be read from one while memory is "
+            "short (kvtune's engine).",
+        ),
+    ] = False,
     price_per_hour: Annotated[
         float | None,
         typer.Option(min=0, help="What this machine costs: the report then tells cost per token."),
@@ -110,7 +118,7 @@ def tune(
         margin=margin_named(margin).name, probe_margin=DEMO_PROBE_MARGIN if demo else None,
         slo=None if slo is None else parse_slo(slo),
         kv_budget_bytes=parse_bytes(kv_budget), seed=seed, resume=resume, per_layer=per_layer,
-        price_per_hour=price_per_hour,
+        squeeze=squeeze, price_per_hour=price_per_hour,
         engine={"dtype": dtype, "max_model_len": max_model_len, "num_threads": threads, "pad_rows": pad_rows},
         replay=ReplaySettings() if engine == "kvtune" else ReplaySettings(num_decode=0, max_top=VLLM_TOP),
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -123,7 +131,9 @@ def tune(
         raise UsageError(f"{folder} holds a finished run; give another --out, or delete it first")
     check_output(folder, resume=resume)
     requests = read_workload(workload, demo=demo, seed=seed, block_size=trace_block_size, limit=num_requests)
-    target, vocab_size, length = open_target(engine, model_path, config, vllm_python)
+    if squeeze and engine != "kvtune":
+        raise UsageError(f"--squeeze needs kvtune's own engine, {engine} cannot read one plane of two")
+    target, vocab_size, length = open_target(engine, model_path, config, vllm_python, nested=squeeze)
     tokens = materialised(requests, model_path, vocab_size, length, scale=scale, seed=seed)
     settings = replace(
         settings, is_synthetic_text=tokens.is_synthetic_text, workload=_facts(requests, tokens),
@@ -131,7 +141,8 @@ def tune(
                          out=out, slo=slo, margin=margin, dtype=dtype, seed=seed, scale=scale,
                          max_model_len=max_model_len, num_requests=num_requests, vllm_python=vllm_python,
                          trace_block_size=trace_block_size, threads=threads, high_value=high_value,
-                         judge=judge, per_layer=per_layer, price_per_hour=price_per_hour),
+                         judge=judge, per_layer=per_layer, squeeze=squeeze or None,
+                         price_per_hour=price_per_hour),
         questions=gate_questions(requests, tokens, model_path, max_model_len=length, seed=seed,
                                  high_value=high_value, judge=judge),
         text=_reader(model_path), emit=_emitted,
@@ -180,11 +191,12 @@ def read_workload(
 
 
 def open_target(
-    engine: str, model: Path, config: EngineConfig, vllm_python: Path | None
+    engine: str, model: Path, config: EngineConfig, vllm_python: Path | None, *, nested: bool = False
 ) -> tuple[Target, int, int]:
-    """The engine to measure, the model's vocabulary size and the longest sequence in tokens."""
+    """The engine to measure, the model's vocabulary size and the longest sequence in tokens. `nested`: of
+    codecs of 8 bits our engine offers the one of two planes alone."""
     if engine == "kvtune":
-        own = _own_target(model, config)
+        own = _own_target(model, config, nested=nested)
         return own, own.loaded.vocab_size, config.max_model_len or own.loaded.max_model_len
     if engine == "vllm":
         from kvtune.adapters.vllm_server import VLLMTarget
@@ -194,7 +206,7 @@ def open_target(
     raise UsageError(f"unknown engine {engine!r}; known: kvtune, vllm")
 
 
-def _own_target(model: Path, config: EngineConfig) -> Any:
+def _own_target(model: Path, config: EngineConfig, *, nested: bool) -> Any:
     from kvtune.errors import MissingExtraError
 
     try:
@@ -203,7 +215,7 @@ def _own_target(model: Path, config: EngineConfig) -> Any:
         if (error.name or "").startswith("kvtune"):
             raise
         raise MissingExtraError("the kvtune engine", "engine") from None
-    return EngineTarget(model, config=config)
+    return EngineTarget(model, config=config, nested=nested)
 
 
 def materialised(
@@ -290,6 +302,8 @@ def _command(model: Path | None, workload: Path | None, *, demo: bool, **flags: 
     for name, value in {"workload": workload, **flags}.items():
         if value is False:
             words.append(f"--no-{name.replace('_', '-')}")
+        elif value is True and name not in defaults:
+            words.append(f"--{name.replace('_', '-')}")
         elif value is not None and value != defaults.get(name):
             words += [f"--{name.replace('_', '-')}", str(value)]
     return shlex.join(words)
@@ -351,6 +365,7 @@ def _as_text(record: Mapping[str, Any], folder: Path) -> str:
         *(f"            {note}" for note in quality["notes"]),
         *probes_text(quality),
         *answers_text(quality),
+        *_squeeze_lines(record["squeeze"]),
         _failing_line(record["smallest_failing_step"], before),
         *(f"limit       {limit}" for limit in record["limits"] if limit.startswith("speed")),
         f"search      {len(record['trials'])} trials in {record['elapsed_s']:.0f} s: {record['stop_reason']}",
@@ -382,6 +397,22 @@ def _speed_lines(record: Mapping[str, Any]) -> list[str]:
         bounds = f"[{gain['low']:.3f}, {gain['high']:.3f}]"
         lines.append(f"{label:<11} {gain['ratio']:.3f}x {bounds}{reading}{floor}")
     return lines
+
+
+def _squeeze_lines(proof: Mapping[str, Any] | None) -> list[str]:
+    """Which low planes may go while memory is short, where that was asked for."""
+    if proof is None:
+        return []
+    quality, tried = proof["quality"], proof["tried"]
+    if quality is None:
+        why = proof["skipped"] or f"{tried[-1]['verdict']}: {tried[-1]['reason']}"
+        return [f"squeeze     no low plane may go: {why}"]
+    share = proof["lowered_bytes_per_token"] / proof["bytes_per_token"]
+    sides = f"{proof['num_proven']} of {proof['num_sides']} sides"
+    return [
+        f"squeeze     low planes of {sides} may go, {share:.3f}x of the winner's bytes stay; "
+        f"{quality['verdict']}: {quality['reason']}"
+    ]
 
 
 def _failing_line(step: Mapping[str, Any] | None, before: float) -> str:

@@ -68,7 +68,10 @@ class EngineTarget:
         scheduler: SchedulerConfig | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
+        nested: bool = False,
     ) -> None:
+        """`nested`: of the codecs of 8 bits only the one of two planes is offered."""
+        self._nested = nested
         self.model_path = Path(model_path)
         self.config = config or EngineConfig()
         self._cache = cache or CacheConfig()
@@ -87,7 +90,7 @@ class EngineTarget:
 
     def knobs(self) -> Sequence[Knob]:
         # n4_rh is left to layers that a recipe reads at 4 bits: on its own it is int4_rh by another name
-        codecs = tuple(name for name in _codecs() if name != _HIGH)
+        codecs = tuple(name for name in self._codecs() if name != _HIGH)
         base_cache, base_scheduler = CacheConfig(), self._scheduler
         return (
             Knob(name="k_codec", values=codecs, baseline=_BASELINE_CODEC, is_lossy=True),
@@ -104,11 +107,19 @@ class EngineTarget:
     def layer_codecs(self) -> LayerCodecs:
         """Implements `kvtune.target.AllocatesLayers`."""
         layers = tuple(sorted(layer for group in self._spec.kv_groups() for layer in group.layers))
-        return LayerCodecs(layers=layers, codecs=_codecs(), stored=_NESTED, high=_HIGH)
+        return LayerCodecs(layers=layers, codecs=self._codecs(), stored=_NESTED, high=_HIGH)
 
     def kv_side_bytes_per_token(self, config: Config, *, context: int) -> Mapping[int, tuple[float, float]]:
         cache, scheduler = self._settings(config, None)
         return kv_side_bytes_per_token(self._spec, cache, scheduler, context=context)
+
+    def _codecs(self) -> tuple[str, ...]:
+        bits = codec_storage(_NESTED).code_bits
+        return tuple(
+            name
+            for name in _codecs()
+            if not self._nested or name == _NESTED or codec_storage(name).code_bits != bits
+        )
 
     def identity(self) -> Mapping[str, Any]:
         loaded = self.loaded

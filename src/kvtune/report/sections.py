@@ -18,6 +18,7 @@ from kvtune.report.ground import identity_section, limits_section, repeat_sectio
 from kvtune.report.memory_sections import memory_section
 from kvtune.report.quality_sections import failing_section, position_section, quality_section
 from kvtune.report.record import json_text
+from kvtune.report.squeeze_section import squeeze_section
 from kvtune.report.texts import cases_section, texts_section
 from kvtune.report.trials import trials_section
 
@@ -37,6 +38,7 @@ def sections(result: Mapping[str, Any]) -> tuple[Section, ...]:
         cases_section(result),
         position_section(result),
         failing_section(result),
+        squeeze_section(result),
         rejected_section(result),
         memory_section(result),
         texts_section(result),

@@ -18,6 +18,7 @@ from kvtune.tune.confirmation import Confirmed
 from kvtune.tune.evaluation import Baseline, plain
 from kvtune.tune.held import RequestBytes, held_in, within_slo
 from kvtune.tune.settings import TuneSettings
+from kvtune.tune.squeeze import SqueezeProof, as_json
 from kvtune.tune.trial import Trial
 from kvtune.workload import TokenRequest
 
@@ -94,6 +95,8 @@ class Outcome:
     elapsed_s: float
     recipe_path: str
     split: Mapping[str, int]
+    squeeze: SqueezeProof | None = None
+    """What was proven about low planes of the winner, where that was asked for."""
     further: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Evidence beside the verdict, as `tune.evidence` records it."""
 
@@ -209,6 +212,7 @@ class Outcome:
             "smallest_failing_step": self.failing_step,
             "rejected": [{"config": c.config, "reason": c.rejected, "quality": c.quality.to_dict(),
                           "ratios": c.ratios.to_dict()} for c in self.rejected],
+            "squeeze": None if self.squeeze is None else self.squeeze.to_dict(),
             **self.further, "importance": importance(self.trials),
             "trials": [t.to_dict() for t in self.trials],
             "context": self.settings.context,
@@ -279,7 +283,7 @@ class Outcome:
             workload=record["workload"], read_contract=str(effective.get("read_contract", "T0")),
             kernel=str(effective.get("kernel", "")), codec_constants_sha256=codec_constants_sha256(),
             configuration=configuration_of(
-                self.winner_config, kv_budget_bytes=self.kv_budget_bytes or None, engine=self.settings.engine
+                self._served(), kv_budget_bytes=self.kv_budget_bytes or None, engine=self.settings.engine
             ),
             baseline={"configuration": dict(self.baseline_config), "metrics": record["baseline"]["metrics"]},
             evidence=self._evidence(record), quality=record["quality"], fallback=record["fallback"],
@@ -290,6 +294,11 @@ class Outcome:
                         "status": record["status"], "speed_verdict": record["speed_verdict"],
                         "effective": effective},
         )  # fmt: skip
+
+    def _served(self) -> dict[str, Any]:
+        """The winner's settings, and the low planes that may go."""
+        planes = {} if self.squeeze is None else as_json(self.squeeze.planes)
+        return {**self.winner_config, **({"squeeze_planes": planes} if planes else {})}
 
     def _evidence(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Every measured figure with its n and interval, and where it comes from."""

@@ -55,6 +55,8 @@ class TuneSettings:
     max_confirmed: int = 6
     per_layer: bool = True
     """Also search codecs layer by layer, where the engine can."""
+    squeeze: bool = False
+    """Also prove which low planes of the winner may go while memory is short."""
     probe_margin: float | None = None
     """Largest net loss of probes; None as the margin says."""
     questions: GateQuestions = field(default_factory=GateQuestions)

@@ -31,6 +31,7 @@ from kvtune.tune.outcome import Outcome, is_better_confirmed
 from kvtune.tune.pace import Pace
 from kvtune.tune.settings import Progress, ProgressEvent, TuneResult, TuneSettings
 from kvtune.tune.space import SearchSpace
+from kvtune.tune.squeeze import SQUEEZE_SHARE, PlaneProof, SqueezeProof
 from kvtune.tune.study import JOURNAL, Study, locked_folder
 from kvtune.tune.trial import TIE, Status, Trial
 from kvtune.workload import TokenRequest, split_by_session
@@ -122,8 +123,10 @@ class _Run:
         candidates = self._candidates()
         ablation = Ablation(self._evaluator, self._space, self._trials, pace=self._pace)
         with self._pace.holding(ablation.cost_s(candidates[0].config) if candidates else 0.0):
-            confirmation = self._confirmation(len(candidates))
-            confirmed, rejected = self._confirm(confirmation, candidates)
+            with self._pace.holding(self._squeeze_s()):
+                confirmation = self._confirmation(len(candidates))
+                confirmed, rejected = self._confirm(confirmation, candidates)
+            squeeze = self._prove_squeeze(confirmation, confirmed)
         further: dict[str, Any] = {}
         if confirmed is not None:
             self._say("evidence", "the winner one setting at a time, its memory, its answers")
@@ -135,7 +138,7 @@ class _Run:
             target=self._target, settings=self._settings, identity=identity, requests=self._requests,
             search=self._evaluator.baseline, baseline_config=self._space.baseline,
             baseline_reports=confirmation.baseline_reports, aa=confirmation.aa_ratios(),
-            confirmed=confirmed, rejected=rejected, trials=self._trials,
+            confirmed=confirmed, rejected=rejected, trials=self._trials, squeeze=squeeze,
             failing_step=self._failing_step(confirmed, rejected), stop_reason=stop_reason,
             elapsed_s=round(self._pace.elapsed_s, 2), recipe_path=str(self._folder / "recipe.json"),
             split={"num_requests": len(self._requests), "num_search": len(self._search_half),
@@ -157,6 +160,7 @@ class _Run:
             "margin": settings.margin, "seed": settings.seed, "kv_budget": settings.kv_budget_bytes,
             "slo": None if settings.slo is None else [settings.slo.ttft_p95_s, settings.slo.tpot_p95_s],
             "context": settings.context, "engine_settings": settings.engine, "per_layer": settings.per_layer,
+            "squeeze": settings.squeeze,
         }  # fmt: skip
         return hashlib.sha256(canonical_json(plain(asked)).encode()).hexdigest()
 
@@ -213,7 +217,8 @@ class _Run:
 
     def _reserve_s(self) -> float:
         has_probes = self._settings.questions.probes is not None
-        return reserve_s(self._pace, self._evaluator.baseline, has_probes=has_probes)
+        needed = reserve_s(self._pace, self._evaluator.baseline, has_probes=has_probes)
+        return needed + self._squeeze_s()
 
     def _propose(self, study: Study) -> tuple[int, dict[str, Any]] | None:
         for _ in range(PROPOSALS + len(self._ladder)):
@@ -409,6 +414,21 @@ class _Run:
         if len(confirmation.baseline_reports) < 2:
             confirmation.measure_baseline()
         return None, rejected
+
+    def _squeeze_s(self) -> float:
+        return SQUEEZE_SHARE * self._pace.budget_s if self._settings.squeeze else 0.0
+
+    def _prove_squeeze(self, confirmation: Confirmation, confirmed: Confirmed | None) -> SqueezeProof | None:
+        if not self._settings.squeeze:
+            return None
+        if confirmed is None:
+            return SqueezeProof(planes={}, skipped="no configuration was confirmed")
+        self._say("squeeze", "which low planes may go while memory is short")
+        proof = PlaneProof(
+            self._target, self._settings, search=self._evaluator.baseline.reference, gate=confirmation.gate,
+            pace=self._pace, rng=self._rng,
+        )  # fmt: skip
+        return proof.prove(confirmed.config)
 
     def _has_no_time(self) -> bool:
         """Whether one more candidate would break the budget."""
