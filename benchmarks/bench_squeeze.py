@@ -4,7 +4,8 @@
 
 Both arms serve the same generated chats from the bundled model with keys and values in `n8_rh`, at the same
 Poisson arrivals, each asking for half to one and a half of `--output` tokens. Only one may drop low planes,
-and only of layers and sides whose 4-bit reading, all of it at once, passed the gate's replay on other chats.
+and only of layers and sides whose 4-bit reading, all of it at once, passed the gate's replay on other chats
+(chosen on some, judged on others: `kvtune tune --squeeze` does the same).
 The budget is halved when a quarter of the requests have come and given back after three quarters.
 
 Everything that could favour an arm is fixed before either runs, in this order:
@@ -51,6 +52,7 @@ from kvtune.quality import (
     QualityVerdict,
     Reference,
     ReplaySettings,
+    SharedError,
     Verdict,
     isolated_kl,
     judge,
@@ -59,11 +61,15 @@ from kvtune.quality import (
     replay,
 )
 from kvtune.testing.reference import reference_model_path
+from kvtune.tune.squeeze import planes_of
 from kvtune.types import RequestOutput
 from kvtune.workload import TokenRequest, demo_chat, materialise
 
 FULL, PREEMPTING, REVERSIBLE = ARMS = ("full", "preempting", "reversible")
 WANTED = 1.3
+ERROR = 0.05
+MAX_SETS = 3
+"""Sets of planes that share the chance of a false PASS."""
 HELD = 0.95
 """Share of requests within the SLO that a budget or a batch must reach."""
 IN_FLIGHT = (4, 8, 12, 16, 24, 32)
@@ -214,45 +220,49 @@ def running(engine: Engine, args: argparse.Namespace) -> RunningEngine:
 
 
 def prove(
-    loaded: LoadedModel, args: argparse.Namespace, requests: Sequence[TokenRequest]
-) -> tuple[Planes, QualityVerdict | None, list[dict[str, Any]]]:
-    """The sides whose 4-bit reading passes together, the dearest in KL left out, and the last PASS."""
+    loaded: LoadedModel, args: argparse.Namespace, search: Sequence[TokenRequest],
+    unseen: Sequence[TokenRequest],
+) -> tuple[Planes, QualityVerdict | None, list[dict[str, Any]]]:  # fmt: skip
+    """As `tune --squeeze`: sides by what each loses alone, the largest set that passes on `search`, judged on
+    `unseen`; two thirds of it where that fails. The set, its verdict, and what each side loses."""
     rng = np.random.default_rng(args.seed)
     with running(engine_of(loaded, args, kv_budget=SPARE), args) as baseline:
-        reference = record_reference(baseline, requests, ReplaySettings(num_decode=0), num_decode=0)
+        references = [
+            record_reference(baseline, requests, ReplaySettings(num_decode=0), num_decode=0)
+            for requests in (search, unseen)
+        ]
     with running(engine_of(loaded, args, kv_budget=SPARE, **NESTED), args) as nested:
-        before = replay(nested, reference)
 
-        def reading(planes: Planes):
-            with nested.reading(planes):
+        def reading(sides: Sequence[tuple[int, str]], reference: Reference):
+            with nested.reading(planes_of(sides)):
                 return replay(nested, reference)
 
+        def verdict(sides: Sequence[tuple[int, str]], reference: Reference, error: float) -> QualityVerdict:
+            return judge(
+                reference, reading(sides, reference), margin=margin_named(args.margin), is_lossy=True,
+                rng=np.random.default_rng(0), confidence=1 - error,
+            )  # fmt: skip
+
+        before = replay(nested, references[0])
         sides = [(layer.index, side) for layer in loaded.spec.layers for side in "kv"]
         alone = {
-            one: isolated_kl(reference, before, reading(planes_of([one])), rng=rng).value for one in sides
+            one: isolated_kl(references[0], before, reading([one], references[0]), rng=rng).value
+            for one in sides
         }
-        table = [{"layer": layer, "side": side, "isolated_kl": kl} for (layer, side), kl in alone.items()]
-        chosen: list[tuple[int, str]] = []
-        passed: QualityVerdict | None = None
-        for one in sorted(sides, key=lambda side: alone[side]):
-            verdict = judge_reading(reference, reading(planes_of([*chosen, one])), args)
-            if verdict.verdict is Verdict.PASS:
-                chosen.append(one)
-                passed = verdict
-    return planes_of(chosen), passed, table
-
-
-def judge_reading(reference: Reference, scores: Any, args: argparse.Namespace) -> QualityVerdict:
-    return judge(
-        reference, scores, margin=margin_named(args.margin), is_lossy=True, rng=np.random.default_rng(0)
-    )
-
-
-def planes_of(sides: Sequence[tuple[int, str]]) -> Planes:
-    return {
-        layer: (1 if (layer, "k") in sides else 2, 1 if (layer, "v") in sides else 2)
-        for layer in sorted({layer for layer, _ in sides})
-    }
+        sides.sort(key=lambda side: alone[side])
+        table = [{"layer": layer, "side": side, "isolated_kl": alone[layer, side]} for layer, side in sides]
+        low, high = 0, len(sides)
+        while low < high:
+            middle = (low + high + 1) // 2
+            is_passing = verdict(sides[:middle], references[0], ERROR).verdict is Verdict.PASS
+            low, high = (middle, high) if is_passing else (low, middle - 1)
+        shared = SharedError(MAX_SETS, error=ERROR)
+        for attempt in range(MAX_SETS if low else 0):
+            found = verdict(sides[:low], references[1], shared.level(attempt))
+            if found.verdict is Verdict.PASS:
+                return planes_of(sides[:low]), found, table
+            low = max(1, 2 * low // 3)
+    return {}, None, table
 
 
 # --- what is fixed beforehand
@@ -462,9 +472,9 @@ class Arms:
 
 def measure(loaded: LoadedModel, args: argparse.Namespace, model: Path, note: Callable[[str], None]):
     span = {"shortest": args.shortest, "longest": args.longest}
-    sample = chats(loaded, model, args.samples, seed=args.seed + 1, **span)
     if args.planes is None:
-        planes, verdict, table = prove(loaded, args, sample)
+        search, unseen = (chats(loaded, model, args.samples, seed=args.seed + i, **span) for i in (1, 2))
+        planes, verdict, table = prove(loaded, args, search, unseen)
     else:
         planes, verdict, table = {int(k): (v[0], v[1]) for k, v in args.planes.items()}, None, []
     note(f"proven at {args.margin}: {planes or 'nothing'}")
@@ -565,7 +575,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=int, default=256, help="mean tokens generated by each request")
     parser.add_argument("--shortest", type=int, default=256)
     parser.add_argument("--longest", type=int, default=768)
-    parser.add_argument("--samples", type=int, default=48, help="chats the reading is judged on")
+    parser.add_argument(
+        "--samples", type=int, default=48, help="chats the reading is chosen on, and as many it is judged on"
+    )
     parser.add_argument("--unloaded", type=int, default=16)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--batched-tokens", type=int, default=256)
