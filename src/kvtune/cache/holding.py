@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from kvtune.cache.block_hashes import BlockHashes
 from kvtune.cache.group import GroupCache
 from kvtune.cache.table import NULL_BLOCK, Need, Table
-from kvtune.types import BlockHash, BlockId
+from kvtune.types import BlockHash, BlockId, BlockTable
 
 __all__ = [
     "Holding",
@@ -23,6 +23,7 @@ class Holding:
     """Block tables of one request and how far they are computed, published and released."""
 
     __slots__ = (
+        "commit_at",
         "hashes",
         "is_private",
         "may_share_last",
@@ -32,6 +33,7 @@ class Holding:
         "num_released",
         "promised",
         "root",
+        "snapshot",
         "tables",
     )
 
@@ -46,6 +48,8 @@ class Holding:
         self.root = root
         self.hashes = hashes  # the chain so far; may run ahead of what is computed
         self.num_computed = num_computed
+        self.commit_at = 0  # computed tokens at which a commit has more to do than to count them
+        self.snapshot: tuple[BlockTable, ...] | None = None  # of the tables, while they stay as they are
         self.num_led = 0  # hashes known at its admission: those it may lead
         self.num_published = 0  # blocks, the same in every group
         self.num_released = [0] * len(tables)  # leading blocks that left the window

@@ -269,6 +269,7 @@ class KVCacheManager:
         """Copy-on-write: give the holding its own copy of a shared, partially computed block."""
         copies: list[BlockCopy] = []
         index = holding.num_computed // self.block_size
+        holding.snapshot = None
         for g, (group, table) in enumerate(zip(self._groups, holding.tables, strict=True)):
             shared = shared_block(group, holding, table)
             if shared is None:
@@ -284,6 +285,7 @@ class KVCacheManager:
 
     def _grow(self, holding: Holding, num_tokens: int) -> None:
         target = -(-num_tokens // self.block_size)
+        holding.snapshot = None
         for g, (group, table) in enumerate(zip(self._groups, holding.tables, strict=True)):
             if target > 0 and not len(table) and group.pool.has_first:
                 table.extend(group.pool.take(1, first=True))
@@ -316,6 +318,32 @@ class KVCacheManager:
             holding.num_published = num_full
         for g in self._windowed:
             self._release_passed(g, holding)
+        holding.commit_at = self._next_commit(holding)
+
+    def advance(self, request_id: RequestId, num_computed: int) -> bool:
+        """A `commit` that only counts tokens: False, and nothing done, where it would do more."""
+        holding = self._holding(request_id)
+        if not holding.num_computed <= num_computed < holding.commit_at:
+            return False
+        holding.num_computed = num_computed
+        return True
+
+    def _next_commit(self, holding: Holding) -> int:
+        """At fewer computed tokens nothing is published, released or written to a shared block, and all have
+        slots."""
+        if holding.may_share_last:
+            return 0
+        size, computed = self.block_size, holding.num_computed
+        commit_at = min((computed // size + 1) * size, len(holding.tables[0]) * size + 1)
+        for g in self._windowed:
+            point = next(iter(self._groups[g].release_points(computed, computed + size)), commit_at)
+            commit_at = min(commit_at, point)
+        return commit_at
+
+    def num_slots(self, request_id: RequestId) -> int:
+        """Tokens for which a running request can be given slots without asking: nobody else writes there."""
+        holding = self._holding(request_id)
+        return 0 if holding.may_share_last else len(holding.tables[0]) * self.block_size
 
     def may_share_last(self, request_id: RequestId) -> bool:
         """Whether a fork may hold the request's partially computed block too."""
@@ -344,6 +372,7 @@ class KVCacheManager:
     def _publish(self, request_id: RequestId, holding: Holding, token_ids: Tokens, num_full: int) -> None:
         self._extend_hashes(holding, token_ids, num_full)
         start = holding.num_published
+        holding.snapshot = None  # a second copy gives way to the first one
         for group, table in zip(self._groups, holding.tables, strict=True):
             group.pool.publish(table, holding.hashes, start, num_full)
         if start < holding.num_led:
@@ -362,6 +391,7 @@ class KVCacheManager:
         start = holding.num_released[g]
         if visible > start:
             table = holding.tables[g]
+            holding.snapshot = None
             self._groups[g].pool.decref(table[start:visible])
             table[start:visible] = null_blocks(visible - start)
             holding.num_released[g] = visible
@@ -382,6 +412,7 @@ class KVCacheManager:
         child.num_released = [min(n, num_blocks) for n in parent.num_released]
         child.is_private = parent.is_private
         child.may_share_last = parent.may_share_last = True
+        parent.commit_at = 0
         for group, table in zip(self._groups, child.tables, strict=True):
             group.pool.incref(table)
         self._holdings[child_id] = child
@@ -421,8 +452,12 @@ class KVCacheManager:
         return tuple(self._holdings)
 
     def block_tables(self, request_id: RequestId) -> tuple[BlockTable, ...]:
-        """One int32 array per group: block index -> block id, -1 where the window has passed."""
-        return tuple(np.array(table, dtype=np.int32) for table in self._holding(request_id).tables)
+        """One read-only int32 array per group: block index -> block id, -1 where the window has passed. The
+        same arrays as long as nothing changes."""
+        holding = self._holding(request_id)
+        if holding.snapshot is None:
+            holding.snapshot = tuple(_frozen(table) for table in holding.tables)
+        return holding.snapshot
 
     def held_blocks(self, request_id: RequestId) -> tuple[int, ...]:
         """Per group, the blocks a request holds, those it shares included."""
@@ -506,6 +541,12 @@ class KVCacheManager:
             hit_tokens=stats.hit_tokens + match.num_tokens,
             misses=dict(misses),
         )
+
+
+def _frozen(table: Table[int]) -> BlockTable:
+    copy: BlockTable = np.array(table, dtype=np.int32)
+    copy.flags.writeable = False
+    return copy
 
 
 def _check_sizes(

@@ -29,8 +29,13 @@ class WaitingQueue:
         del self._items[i]
 
     def __iter__(self) -> Iterator[Sequence]:
-        """In service order, over a copy: removing while walking is fine."""
-        return iter([sequence for _, sequence in self._items])
+        """In service order; removing the one at hand while walking is fine."""
+        i = 0
+        while i < len(self._items):
+            sequence = self._items[i][1]
+            yield sequence
+            if i < len(self._items) and self._items[i][1] is sequence:
+                i += 1
 
     def __len__(self) -> int:
         return len(self._items)

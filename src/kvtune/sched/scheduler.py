@@ -13,6 +13,7 @@ else runs.
 
 from __future__ import annotations
 
+import bisect
 import collections.abc
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -51,6 +52,10 @@ from kvtune.types import (
 )
 
 __all__ = ["Scheduler"]
+
+
+def _service_order(sequence: Sequence) -> tuple[int, float, int]:
+    return sequence.key
 
 
 class Scheduler:
@@ -127,6 +132,7 @@ class Scheduler:
         has_seat = len(self._running) < self._config.max_num_seqs
         if has_seat and parent.status is Status.RUNNING and parent_id not in self._pending:
             self._manager.fork(parent_id, child.request_id)
+            parent.num_slots = 0
             sequence.start(self._clock(), num_computed_tokens=parent.num_computed_tokens)
             self._run(sequence)
         else:
@@ -190,12 +196,18 @@ class Scheduler:
             raise InvariantError("schedule() was called again before update() of the step before")
         self._finished.clear()
         step = StepPlan(budget=self._config.max_num_batched_tokens)
-        is_relieved = all(s.awaited is not None for s in self._waiting)
-        self._restores.begin(self._running, self._config, is_relieved=is_relieved)
-        prefills = [s for s in self._running if not s.is_decoding]
-        for sequence in [s for s in self._running if s.is_decoding] + prefills:
+        if self._manager.precision.can_lower:
+            is_relieved = all(s.awaited is not None for s in self._waiting)
+            self._restores.begin(self._running, self._config, is_relieved=is_relieved)
+        decodes = [s for s in self._running if s.is_decoding]
+        others = [s for s in self._running if not s.is_decoding] if len(decodes) < len(self._running) else []
+        for sequence in decodes + others:
             is_runnable = sequence.status is Status.RUNNING and not sequence.awaits_planes
-            if is_runnable and step.budget > 0:
+            if not is_runnable or step.budget <= 0:
+                continue
+            if sequence.num_tokens <= sequence.num_slots and sequence.is_decoding:
+                step.add(sequence, 1, ())  # most decode steps: the block at hand has room
+            else:
                 self._schedule_running(step, sequence)
         if not step.preempted:
             self._admit_waiting(step)
@@ -261,6 +273,7 @@ class Scheduler:
             )
         if allocation is None:
             return False
+        sequence.num_slots = self._manager.num_slots(sequence.request_id)
         step.add(sequence, num_tokens, allocation.copies)
         return True
 
@@ -370,14 +383,15 @@ class Scheduler:
         sampled = {s.request_id: s for s in result.sampled}
         pending, self._pending = self._pending, {}
         updates: list[SequenceUpdate] = []
-        now_s = self._clock()
+        manager, now_s = self._manager, self._clock()
         for chunk in output.chunks:
             sequence = pending.get(chunk.request_id)
             if sequence is None or sequence.status is not Status.RUNNING:
                 continue
             sequence.computed(chunk.num_tokens, lowered=chunk.num_lowered_blocks > 0)
             sequence.last_step = output.step
-            self._manager.commit(chunk.request_id, sequence.token_ids, sequence.num_computed_tokens)
+            if not manager.advance(chunk.request_id, sequence.num_computed_tokens):
+                manager.commit(chunk.request_id, sequence.token_ids, sequence.num_computed_tokens)
             if chunk.samples:
                 updates.append(self._take_token(sequence, sampled, now_s))
         return tuple(updates)
@@ -488,8 +502,7 @@ class Scheduler:
             raise UsageError(f"request id {request_id!r} is in use; give every request its own")
 
     def _run(self, sequence: Sequence) -> None:
-        self._running.append(sequence)
-        self._running.sort(key=lambda s: s.key)
+        bisect.insort(self._running, sequence, key=_service_order)
 
     def _leave(self, sequence: Sequence) -> None:
         self._running.remove(sequence)

@@ -85,7 +85,11 @@ class Sequence:
 
     def __init__(self, request: Request, prompt: TokenArray, *, order: int) -> None:
         self.request = request
+        self.request_id = request.request_id
+        self.sampling = request.sampling
         self.order = order
+        self.key = (-request.priority, request.arrival_s, order)
+        """Service order: priority, then arrival, then submission."""
         self.status = Status.WAITING
         self.num_prompt_tokens = len(prompt)
         self.num_tokens = len(prompt)
@@ -93,6 +97,7 @@ class Sequence:
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.num_lowered_tokens = 0
+        self.num_slots = 0  # tokens the manager need not be asked for, while it runs
         self.last_step = 0  # in which it was scheduled last
         self.awaits_planes = False  # it hit blocks whose low planes are on their way back
         self.most_computed_tokens = 0  # what recomputation after a preemption is measured against
@@ -104,19 +109,6 @@ class Sequence:
         self._first_scheduled_s: float | None = None
         self._finished_s: float | None = None
         self._token_times_s: list[float] = []
-
-    @property
-    def key(self) -> tuple[int, float, int]:
-        """Service order: priority, then arrival, then submission."""
-        return (-self.request.priority, self.request.arrival_s, self.order)
-
-    @property
-    def request_id(self) -> RequestId:
-        return self.request.request_id
-
-    @property
-    def sampling(self) -> SamplingParams:
-        return self.request.sampling
 
     @property
     def token_ids(self) -> TokenArray:
@@ -142,7 +134,7 @@ class Sequence:
 
     @property
     def is_decoding(self) -> bool:
-        return self.num_uncomputed_tokens == 1 and self.num_output_tokens > 0
+        return self.num_tokens - self.num_computed_tokens == 1 and self.num_tokens > self.num_prompt_tokens
 
     @property
     def metrics(self) -> RequestMetrics:
@@ -158,15 +150,22 @@ class Sequence:
     def start(self, now_s: float, *, num_computed_tokens: int) -> None:
         """The sequence left the queue with this many tokens computed already."""
         self.status = Status.RUNNING
+        self.num_slots = 0
         self.num_computed_tokens = num_computed_tokens
         self.most_computed_tokens = max(self.most_computed_tokens, num_computed_tokens)
         self.awaited = None
         if self._first_scheduled_s is None:
             self._first_scheduled_s = now_s
 
+    def chunk(self, num_tokens: int) -> TokenArray:
+        """A copy of the next `num_tokens` to compute."""
+        start = self.num_computed_tokens
+        return self._buffer[start : start + num_tokens].copy()
+
     def computed(self, num_tokens: int, *, lowered: bool = False) -> None:
         """`lowered`: some block was read below nominal precision."""
-        self.num_lowered_tokens += num_tokens if lowered else 0
+        if lowered:
+            self.num_lowered_tokens += num_tokens
         self.num_computed_tokens += num_tokens
         self.most_computed_tokens = max(self.most_computed_tokens, self.num_computed_tokens)
 
@@ -219,11 +218,11 @@ class Sequence:
 
     def stop_reason(self, eos_token_ids: frozenset[int], max_model_len: int) -> FinishReason | None:
         """Whether the token appended last ends the sequence."""
-        last = int(self._buffer[self.num_tokens - 1])
-        if last in self.sampling.stop_token_ids:
-            return FinishReason.STOP
-        if not self.sampling.ignore_eos and last in eos_token_ids:
-            return FinishReason.STOP
-        if self.num_output_tokens >= self.sampling.max_tokens or self.num_tokens >= max_model_len:
+        sampling, num_tokens = self.sampling, self.num_tokens
+        if sampling.stop_token_ids or (eos_token_ids and not sampling.ignore_eos):
+            last = int(self._buffer[num_tokens - 1])
+            if last in sampling.stop_token_ids or (not sampling.ignore_eos and last in eos_token_ids):
+                return FinishReason.STOP
+        if num_tokens - self.num_prompt_tokens >= sampling.max_tokens or num_tokens >= max_model_len:
             return FinishReason.LENGTH
         return None

@@ -39,9 +39,12 @@ class StepPlan:
     def output(self, step: int, manager: KVCacheManager) -> SchedulerOutput:
         """The decision as the record the runner gets. Whoever reads below nominal precision in this step
         publishes nothing from now on."""
+        may_be_lowered = manager.precision.can_lower
         return SchedulerOutput(
             step=step,
-            chunks=tuple(_chunk(s, num_tokens, manager) for s, num_tokens in self.chunks.values()),
+            chunks=tuple(
+                [_chunk(s, num_tokens, manager, may_be_lowered) for s, num_tokens in self.chunks.values()]
+            ),
             copies=tuple(copy for copies in self.copies.values() for copy in copies),
             admitted=tuple(self.admitted),
             preempted=tuple(self.preempted),
@@ -49,13 +52,15 @@ class StepPlan:
         )
 
 
-def _chunk(sequence: Sequence, num_tokens: int, manager: KVCacheManager) -> ScheduledChunk:
-    start, end = sequence.num_computed_tokens, sequence.num_computed_tokens + num_tokens
+def _chunk(
+    sequence: Sequence, num_tokens: int, manager: KVCacheManager, may_be_lowered: bool
+) -> ScheduledChunk:
+    request_id, start = sequence.request_id, sequence.num_computed_tokens
     return ScheduledChunk(
-        request_id=sequence.request_id,
-        token_ids=sequence.token_ids[start:end].copy(),
+        request_id=request_id,
+        token_ids=sequence.chunk(num_tokens),
         start=start,
-        block_tables=manager.block_tables(sequence.request_id),
-        samples=end == sequence.num_tokens,
-        num_lowered_blocks=manager.precision.note_reads(sequence.request_id, num_tokens),
+        block_tables=manager.block_tables(request_id),
+        samples=start + num_tokens == sequence.num_tokens,
+        num_lowered_blocks=manager.precision.note_reads(request_id, num_tokens) if may_be_lowered else 0,
     )
