@@ -196,10 +196,13 @@ class BlockPool:
         block_ids = free[num_left:]
         del free[num_left:]
         block_ids.reverse()
+        while arena.spent > arena.budget.total and len(block_ids) < num_blocks:
+            block_ids.append(self._take_one(arena))
+        victim = arena.policy.victim
+        while len(block_ids) < num_blocks:
+            block_ids.append(self._leave(arena, victim()))
         for block_id in block_ids:
             counts[block_id] = 1
-        while len(block_ids) < num_blocks:
-            block_ids.append(self._take_one(arena))
         return Table("i", block_ids)
 
     def _take_one(self, arena: Arena) -> BlockId:
@@ -212,17 +215,20 @@ class BlockPool:
         return block_id
 
     def _evict(self, arena: Arena) -> None:
-        block_id = arena.policy.victim()
-        if block_id is None:
+        self._set_free(arena, self._leave(arena, arena.policy.victim()))
+
+    def _leave(self, arena: Arena, victim: BlockId | None) -> BlockId:
+        """The victim loses its content; whoever evicts it decides what becomes of the block."""
+        if victim is None:
             raise InvariantError("no block is free or idle; the caller must test for room first")
-        block_hash = self._hashes[block_id]
-        if self._ref_count[block_id] or block_hash is None:
-            raise InvariantError(f"the eviction policy chose block {block_id}, which is not idle")
-        arena.policy.remove(block_id)
+        block_hash = self._hashes[victim]
+        if self._ref_count[victim] or block_hash is None:
+            raise InvariantError(f"the eviction policy chose block {victim}, which is not idle")
+        arena.policy.remove(victim)
         self.index.evict(block_hash)
-        self._hashes[block_id] = None
+        self._hashes[victim] = None
         self.num_evicted += 1
-        self._set_free(arena, block_id)
+        return victim
 
     def _set_free(self, arena: Arena, block_id: BlockId) -> None:
         arena.free.append(block_id)
@@ -272,7 +278,7 @@ class BlockPool:
         """
         block_ids, new = ids_of(table[start:end]), hashes[start:end]
         is_plain = self._planes is None and not self.has_first and self.index.has_none_of(new)
-        if not is_plain or any(self._hashes[block_id] is not None for block_id in block_ids):
+        if not is_plain or any(map(self._hashes.__getitem__, block_ids)):
             for i in range(start, end):
                 parent = BlockId(table[i - 1]) if i else NULL_BLOCK
                 table[i] = self._publish_one(BlockId(table[i]), hashes[i], depth=i, parent=parent)

@@ -15,7 +15,7 @@ from collections.abc import Hashable, Sequence
 from math import sqrt
 from typing import Final
 
-from kvtune.cache.eviction_tree import TreeBlock
+from kvtune.cache.eviction_tree import TreeBlock, TreePolicy
 from kvtune.types import BlockId
 
 __all__ = ["GDSF"]
@@ -37,15 +37,14 @@ class _Block(TreeBlock):
         self.order = 0  # of its last release
 
 
-class GDSF:
+class GDSF(TreePolicy[_Block]):
     """Memory: facts of the resident blocks, uses of 8 capacities of evicted ones. O(log n)."""
 
     def __init__(self, capacity: int = 0) -> None:
+        super().__init__()
         self._capacity = capacity
-        self._resident: dict[BlockId, _Block] = {}
         self._ghosts: OrderedDict[Hashable, int] = OrderedDict()  # uses; evicted first in front
         self._heap: list[tuple[float, int, BlockId]] = []  # stale entries are skipped
-        self._num_candidates = 0
         self._num_released = 0
         self._inflation = 0.0
 
@@ -73,9 +72,7 @@ class GDSF:
             self._queue(block.parent)
 
     def unpin(self, block_id: BlockId) -> None:
-        block = self._resident[block_id]
-        if not block.is_pinned:
-            raise KeyError(block_id)
+        block = self._pinned(block_id)
         block.unpin()
         self._num_candidates += 1
         block.order = self._num_released
@@ -104,15 +101,6 @@ class GDSF:
         parent = block.parent
         if block.leave() and isinstance(parent, _Block):
             self._queue(parent)
-
-    def __len__(self) -> int:
-        return self._num_candidates
-
-    def _candidate(self, block_id: BlockId) -> _Block:
-        block = self._resident[block_id]
-        if block.is_pinned:
-            raise KeyError(block_id)
-        return block
 
     def _use(self, block: _Block) -> None:
         block.uses += 1

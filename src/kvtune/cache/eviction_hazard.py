@@ -21,7 +21,7 @@ from collections.abc import Hashable, Sequence
 from typing import Final
 
 from kvtune.cache.eviction_survival import CLASS_LEVELS, NUM_AGES, NUM_CLASSES, Survival
-from kvtune.cache.eviction_tree import TreeBlock
+from kvtune.cache.eviction_tree import TreeBlock, TreePolicy
 from kvtune.types import BlockId
 
 __all__ = ["Hazard"]
@@ -60,15 +60,14 @@ class _Block(TreeBlock):
         self.queued = 0  # time its place in the queue counts from
 
 
-class Hazard:
+class Hazard(TreePolicy[_Block]):
     """Memory: what is known of up to nine capacities of blocks. O(number of classes) an eviction."""
 
     def __init__(self, capacity: int = 0) -> None:
+        super().__init__()
         self._capacity = capacity
         self._known: dict[Hashable, _Block] = {}
-        self._resident: dict[BlockId, _Block] = {}
         self._ghosts: OrderedDict[Hashable, _Block] = OrderedDict()  # evicted first in front
-        self._num_candidates = 0
         self._clock = self._now = 0
         self._gap = 0  # of the request admitted last
         self._survival = Survival()
@@ -127,9 +126,7 @@ class Hazard:
             self._queue_passed(block.parent)
 
     def unpin(self, block_id: BlockId) -> None:
-        block = self._resident[block_id]
-        if not block.is_pinned:
-            raise KeyError(block_id)
+        block = self._pinned(block_id)
         block.unpin()
         self._num_candidates += 1
         block_class = _class_of(block)
@@ -168,15 +165,6 @@ class Hazard:
             self._enqueue(parent, queue if queue >= 0 else _class_of(block), block.queued)
             self._queues[parent.queue].move_to_end(parent.block_id, last=False)
             self._stale.add(parent.queue)
-
-    def __len__(self) -> int:
-        return self._num_candidates
-
-    def _candidate(self, block_id: BlockId) -> _Block:
-        block = self._resident[block_id]
-        if block.is_pinned:
-            raise KeyError(block_id)
-        return block
 
     def _is_blocked(self, block: _Block) -> bool:
         return block.queue < 0 and not block.is_pinned and self._resident.get(block.block_id) is block

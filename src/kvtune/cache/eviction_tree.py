@@ -8,7 +8,11 @@ them. Hence, whenever there are candidates, at least one of them may leave.
 
 from __future__ import annotations
 
-__all__ = ["TreeBlock"]
+from typing import Generic, TypeVar
+
+from kvtune.types import BlockId
+
+__all__ = ["TreeBlock", "TreePolicy"]
 
 
 class TreeBlock:
@@ -60,3 +64,29 @@ class TreeBlock:
             return False
         parent.num_children -= 1
         return parent.num_children == 0 and not parent.is_pinned
+
+
+_Block = TypeVar("_Block", bound=TreeBlock)
+
+
+class TreePolicy(Generic[_Block]):
+    """Who is resident, and which of them are candidates."""
+
+    def __init__(self) -> None:
+        self._resident: dict[BlockId, _Block] = {}
+        self._num_candidates = 0
+
+    def __len__(self) -> int:
+        return self._num_candidates
+
+    def _candidate(self, block_id: BlockId) -> _Block:
+        block = self._resident[block_id]
+        if block.is_pinned:
+            raise KeyError(block_id)
+        return block
+
+    def _pinned(self, block_id: BlockId) -> _Block:
+        block = self._resident[block_id]
+        if not block.is_pinned:
+            raise KeyError(block_id)
+        return block

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 
@@ -36,8 +37,9 @@ def chain_hashes(parent: BlockHash, tokens: TokenArray, block_size: int) -> list
     sha256 = hashlib.sha256
     data = tokens.tobytes()
     width = 4 * block_size
-    hashes: list[BlockHash] = []
+    hashes: list[bytes] = []
+    before: bytes = parent
     for start in range(0, len(data) - width + 1, width):
-        parent = BlockHash(sha256(parent + data[start : start + width]).digest())
-        hashes.append(parent)
-    return hashes
+        before = sha256(before + data[start : start + width]).digest()
+        hashes.append(before)
+    return cast("list[BlockHash]", hashes)

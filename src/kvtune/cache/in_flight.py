@@ -15,11 +15,12 @@ class InFlight:
     def __init__(self) -> None:
         self._leaders: dict[BlockHash, RequestId] = {}
 
-    def lead(self, request_id: RequestId, hashes: Iterable[BlockHash]) -> None:
+    def lead(self, request_id: RequestId, hashes: Sequence[BlockHash]) -> None:
         """The request computes these blocks, but for those that have a leader."""
-        add = self._leaders.setdefault
-        for block_hash in hashes:
-            add(block_hash, request_id)
+        led = dict.fromkeys(hashes, request_id)
+        if not self._leaders.keys().isdisjoint(hashes):
+            led = {h: r for h, r in led.items() if h not in self._leaders}
+        self._leaders |= led
 
     def leave(self, request_id: RequestId, hashes: Iterable[BlockHash]) -> None:
         """The request does not lead these blocks any more, if it did."""

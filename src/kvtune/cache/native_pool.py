@@ -309,7 +309,7 @@ class NativeInFlight(InFlight):
         self._requests: dict[int, RequestId] = {}
         self._num_leaders = 0
 
-    def lead(self, request_id: RequestId, hashes: Iterable[BlockHash]) -> None:
+    def lead(self, request_id: RequestId, hashes: Sequence[BlockHash]) -> None:
         found = packed(hashes)
         if not len(found):
             return

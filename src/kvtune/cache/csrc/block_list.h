@@ -1,21 +1,19 @@
 // Doubly linked lists of blocks over two shared arrays: a block is in at most one list. O(1) verbs.
 #pragma once
 
-#include <vector>
-
+#include "lazy_array.h"
 #include "trace.h"
 
 namespace kvtune::replay {
 
 class BlockLinks {
  public:
-  explicit BlockLinks(int64_t num_unique)
-      : previous(static_cast<size_t>(num_unique), NO_BLOCK), next(static_cast<size_t>(num_unique), NO_BLOCK) {}
+  explicit BlockLinks(int64_t num_unique) : previous(num_unique), next(num_unique) {}
 
-  size_t bytes() const { return (previous.size() + next.size()) * sizeof(Block); }
+  size_t bytes() const { return static_cast<size_t>(previous.bytes() + next.bytes()); }
 
-  std::vector<Block> previous;
-  std::vector<Block> next;
+  LazyArray<Block> previous;
+  LazyArray<Block> next;
 };
 
 class BlockList {

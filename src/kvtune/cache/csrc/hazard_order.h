@@ -9,60 +9,73 @@
 //
 // Evicted blocks are remembered, 8 capacities of them: a return counts as the use it is, and uses outlive
 // an eviction. Twin: kvtune.cache.eviction_hazard.
+//
+// `Tree` says who descends from whom: the cache of a replay, or that of a running engine (pool/learned.h), where
+// requests come in between each other and windows pass blocks. It needs num_unique(), capacity(), parent(b),
+// num_resident_children(b) and may_leave(b).
 #pragma once
 
 #include <vector>
 
 #include "block_list.h"
-#include "policy.h"
+#include "lazy_array.h"
 #include "survival.h"
 
 namespace kvtune::replay {
 
+template <class Tree>
 class HazardOrder {
  public:
   static constexpr int64_t GHOSTS = 8;  // evicted blocks remembered, in capacities
 
-  explicit HazardOrder(const Cache& cache)
-      : cache_(cache), links_(cache.num_unique()), facts_(static_cast<size_t>(cache.num_unique())),
+  explicit HazardOrder(const Tree& tree)
+      : tree_(tree), links_(tree.num_unique()), facts_(tree.num_unique()),
         queues_(NUM_CLASSES), open_(NUM_CLASSES, -1), waiting_(NUM_AGES), front_score_(NUM_CLASSES, 0),
         is_scored_(NUM_CLASSES, 0) {}
 
   size_t bytes() const {
-    return links_.bytes() + facts_.size() * sizeof(Facts) + releases_.capacity() * sizeof(Release) +
+    return links_.bytes() + static_cast<size_t>(facts_.bytes()) + releases_.capacity() * sizeof(Release) +
            survival_.bytes();
   }
 
+  bool is_known(Block block) const { return facts_[block].state != UNKNOWN; }
+
+  // The deepest of the leading blocks that are known; NO_BLOCK: none is.
+  Block deepest_known(const Block* blocks, int64_t num) const {
+    int64_t known = 0;
+    while (known < num && is_known(blocks[known])) ++known;
+    return known == 0 ? NO_BLOCK : blocks[known - 1];
+  }
+
   // The clock moves on; what the request's known prefix tells is kept for its blocks.
-  void begin(const Request& request) {
+  void begin(int64_t num_blocks, Block deepest) {
     now_ = clock_;
-    clock_ += request.num_blocks;
+    clock_ += num_blocks;
     age_releases();
     if (survival_.advance(clock_, num_released_ ? static_cast<double>(num_released_) / num_releases_ : 1.0)) {
       scored_at_ = -1;
     }
     open_.assign(NUM_CLASSES, -1);
-    int64_t known = 0;
-    while (known < request.num_blocks && facts_[request.blocks[known]].state != UNKNOWN) ++known;
-    gap_ = known == 0 ? 0 : gap_step(now_ - releases_[facts_[request.blocks[known - 1]].release].time);
+    gap_ = deepest == NO_BLOCK ? 0 : gap_step(idle_time(facts_[deepest]));
   }
 
   void pin(Block block) {
     Facts& facts = facts_[block];
     if (facts.state == CANDIDATE) leave_queue(block);
-    use(facts);
+    use(facts, gap_);
   }
 
-  void insert(Block block) {
+  // `above`: the resident block before it, NO_BLOCK where there is none.
+  void insert(Block block, Block above) {
     Facts& facts = facts_[block];
     if (facts.state == UNKNOWN) {
-      if (const Block p = cache_.parent(block); p != NO_BLOCK && facts_[p].children < 255) ++facts_[p].children;
+      if (above != NO_BLOCK && facts_[above].children < 255) ++facts_[above].children;
       facts.uses = facts.children = 0;
     } else {
       ghosts_.erase(links_, block);
       --num_ghosts_;
     }
-    use(facts);
+    use(facts, above == NO_BLOCK ? gap_ : facts_[above].gap);
   }
 
   void unpin(Block block) {
@@ -85,40 +98,55 @@ class HazardOrder {
       const int queue = lowest_queue();
       if (queue < 0) return NO_BLOCK;
       const Block block = queues_[queue].front();
-      if (cache_.num_resident_children(block) == 0) return block;
+      if (tree_.may_leave(block)) return block;
       leave_queue(block);
       facts_[block].state = BLOCKED;
     }
   }
 
-  // Before cache.evict(block). A parent that was due before its last child follows at once.
-  void remove(Block block) {
+  // A window passed the block while it waited for its children to leave: it need not wait any more.
+  void unblock(Block block) {
     Facts& facts = facts_[block];
-    if (facts.state == CANDIDATE) leave_queue(block);
+    if (facts.state != BLOCKED) return;
+    facts.state = CANDIDATE;
+    facts.queue = static_cast<uint8_t>(class_of(facts));
+    queues_[facts.queue].push_back(links_, block);
+    is_scored_[facts.queue] = 0;
+  }
+
+  // Before the tree hears of it. A parent that was due before its last child follows at once. Returns the block
+  // that is forgotten for it, NO_BLOCK if none is.
+  Block remove(Block block) {
+    Facts& facts = facts_[block];
+    if (facts.state == CANDIDATE) {
+      leave_queue(block);
+    } else {
+      facts.queue = static_cast<uint8_t>(class_of(facts));
+    }
     facts.state = GHOST;
     ghosts_.push_back(links_, block);
-    if (++num_ghosts_ > GHOSTS * cache_.capacity()) forget();
-    const Block p = cache_.parent(block);
-    if (p == NO_BLOCK || facts_[p].state != BLOCKED || cache_.num_resident_children(p) != 1) return;
+    const Block forgotten = ++num_ghosts_ > GHOSTS * tree_.capacity() ? forget() : NO_BLOCK;
+    const Block p = tree_.parent(block);
+    if (p == NO_BLOCK || facts_[p].state != BLOCKED || tree_.num_resident_children(p) != 1) return forgotten;
     facts_[p].state = CANDIDATE;
     facts_[p].queue = facts.queue;
     facts_[p].queued = facts.queued;
     queues_[facts.queue].push_front(links_, p);
     is_scored_[facts.queue] = 0;
+    return forgotten;
   }
 
  private:
   enum State : uint8_t { UNKNOWN, PINNED, CANDIDATE, BLOCKED, GHOST };  // blocked: a candidate with children
 
-  struct Facts {
-    int64_t queued = 0;    // time its place in the queue counts from
-    int32_t release = -1;  // the observation it is part of
-    uint8_t queue = 0;
-    uint8_t uses = 0;
-    uint8_t children = 0;
+  struct Facts {  // zeros: unknown
+    int64_t queued;   // time its place in the queue counts from
+    int32_t release;  // the observation it is part of, but for blocks pinned since they were inserted
+    uint8_t queue;
+    uint8_t uses;
+    uint8_t children;
     uint8_t gap : 4;
     uint8_t state : 4;
-    Facts() : gap(0), state(UNKNOWN) {}
   };
 
   // Blocks of one class released at one time: one observation of a survival curve.
@@ -141,27 +169,32 @@ class HazardOrder {
 
   int gap_step(int64_t gap) const {
     int step = 1;
-    while (step < CLASS_LEVELS[2] - 1 && 4 * gap >= cache_.capacity() << (step - 1)) ++step;
+    while (step < CLASS_LEVELS[2] - 1 && 4 * gap >= tree_.capacity() << (step - 1)) ++step;
     return step;
   }
 
-  void use(Facts& facts) {
+  int64_t idle_time(const Facts& facts) const {
+    return facts.state == PINNED ? 0 : now_ - releases_[facts.release].time;
+  }
+
+  void use(Facts& facts, int gap) {
     if (facts.state != UNKNOWN) {
       Release& release = releases_[facts.release];
       survival_.add_used(release.block_class, survival_.bucket(now_ - release.time));
       --release.num_unused;
     }
     if (facts.uses < 255) ++facts.uses;
-    facts.gap = static_cast<uint8_t>(gap_);
+    facts.gap = static_cast<uint8_t>(gap);
     facts.state = PINNED;
   }
 
-  void forget() {
+  Block forget() {
     const Block block = ghosts_.front();
     ghosts_.erase(links_, block);
     --num_ghosts_;
     --releases_[facts_[block].release].num_unused;
     facts_[block].state = UNKNOWN;
+    return block;
   }
 
   void leave_queue(Block block) {
@@ -235,9 +268,9 @@ class HazardOrder {
     append(waiting_[bucket], release);
   }
 
-  const Cache& cache_;
+  const Tree& tree_;
   BlockLinks links_;  // of the queues and of the ghosts
-  std::vector<Facts> facts_;
+  LazyArray<Facts> facts_;
   std::vector<BlockList> queues_;
   BlockList ghosts_;  // evicted first in front
   int64_t num_ghosts_ = 0;

@@ -109,6 +109,7 @@ class Cache {
   Block parent(Block block) const { return trace_->parent(block); }
   int32_t depth(Block block) const { return trace_->depth(block); }
   int32_t num_resident_children(Block block) const { return num_children_[block]; }
+  bool may_leave(Block block) const { return num_children_[block] == 0; }
 
   // What num_hit of a request would be in this cache.
   int64_t lookup(const Request& request) const {

@@ -30,7 +30,7 @@ class Guarded : public PinnedPolicy {
 
  protected:
   void begin(const Request& request) override {
-    order_.begin(request);
+    order_.begin(request.num_blocks, order_.deepest_known(request.blocks, request.num_blocks));
     int64_t hit = 0, shadow_hit = 0;
     while (hit < request.num_blocks && cache().is_resident(request.blocks[hit])) ++hit;
     while (shadow_hit < request.num_blocks && is_in_shadow_[request.blocks[shadow_hit]]) ++shadow_hit;
@@ -51,7 +51,9 @@ class Guarded : public PinnedPolicy {
     order_.remove(block);
   }
 
-  void insert(const Request& request, int64_t k) override { order_.insert(request.blocks[k]); }
+  void insert(const Request& request, int64_t k) override {
+    order_.insert(request.blocks[k], cache().parent(request.blocks[k]));
+  }
 
   void unpin(const Request& request, int64_t k) override {
     const Block block = request.blocks[k];
@@ -86,7 +88,7 @@ class Guarded : public PinnedPolicy {
     --num_in_shadow_;
   }
 
-  HazardOrder order_;
+  HazardOrder<Cache> order_;
   BlockLinks links_;
   BlockList recency_;  // candidates, oldest use first
   BlockLinks shadow_links_;

@@ -5,6 +5,7 @@
 
 #include "block_pool.h"
 #include "in_flight.h"
+#include "learned.h"
 #include "sha256.h"
 
 #define KVTUNE_API extern "C" __attribute__((visibility("default")))
@@ -44,8 +45,15 @@ struct Policy {
   pool::MakeOrder make;
 };
 
+template <bool is_guarded>
+std::unique_ptr<pool::Order> make_learned(pool::Links& links, int64_t num_ids, int64_t capacity) {
+  return std::make_unique<pool::Learned>(links, num_ids, capacity, is_guarded);
+}
+
 const Policy POLICIES[] = {
     {"lru", [](pool::Links& links, int64_t, int64_t) { return std::make_unique<pool::Lru>(links); }},
+    {"hazard", make_learned<false>},
+    {"guarded", make_learned<true>},
 };
 constexpr int32_t NUM_POLICIES = sizeof(POLICIES) / sizeof(POLICIES[0]);
 

@@ -283,7 +283,10 @@ class BlockPool {
   }
 
   void renew_orders() {
-    for (Part_& part : parts_) part.order = make_order_(links_, num_ids(), std::max<int64_t>(part.budget, 0));
+    for (Part_& part : parts_) {
+      part.order = part.size() > 0 ? make_order_(links_, num_ids(), std::max<int64_t>(part.budget, 0))
+                                   : std::make_unique<Lru>(links_);
+    }
   }
 
   LazyArray<uint32_t> states_;  // reference count, and PUBLISHED where the content is in the index
