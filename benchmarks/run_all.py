@@ -26,7 +26,7 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     alone = (
         "bench_decode", "bench_prefill", "bench_shared_prefix", "bench_encode", "bench_damage",
-        "bench_allocation", "bench_grouping",
+        "bench_allocation", "bench_grouping", "bench_control_plane",
     )  # fmt: skip
     commands = {name: ["--json", str(args.out / f"{name}.json")] for name in alone}
     variants = ("biased_keys", "heavy_tailed_values")
