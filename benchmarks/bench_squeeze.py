@@ -1,6 +1,6 @@
 """Half of the KV budget goes away during a run: preempting against reversible precision.
 
-    python benchmarks/bench_squeeze.py [--margin balanced] [--loads 0.3,0.4,0.45,0.5,0.55,0.6,0.7] [--json OUT]
+    python benchmarks/bench_squeeze.py [--margin balanced] [--loads 0.3,0.4,0.5] [--json OUT]
 
 Both arms serve the same generated chats from the bundled model with keys and values in `n8_rh`, at the same
 Poisson arrivals, each asking for half to one and a half of `--output` tokens. Only one may drop low planes,
@@ -567,7 +567,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--margin", default="balanced", help="near-lossless, balanced or aggressive")
     parser.add_argument("--planes", type=json.loads, default=None, help='skip the proof, e.g. {"3": [2, 1]}')
     parser.add_argument(
-        "--loads", type=lambda text: [float(x) for x in text.split(",")], default=[0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7],
+        "--loads", type=lambda text: [float(x) for x in text.split(",")],
+        default=[0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7],
         help="shares of the full budget that requests hold on average",
     )  # fmt: skip
     parser.add_argument("--pace", type=float, default=0.8, help="of the fastest rate within the SLO")
