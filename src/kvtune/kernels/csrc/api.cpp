@@ -54,9 +54,11 @@ Work* thread_work() {
   return work.get();
 }
 
-void reset(Partial& p) {
-  for (int r = 0; r < MAX_ROWS; r++) p.maximum[r] = -__builtin_inff(), p.total[r] = 0.0f;
-  std::memset(p.acc, 0, sizeof p.acc);
+void reset(Partial& p, int rows, int dim) {
+  for (int r = 0; r < rows; r++) {
+    p.maximum[r] = -__builtin_inff(), p.total[r] = 0.0f;
+    std::memset(p.acc + r * MAX_DIM, 0, static_cast<size_t>(dim) * sizeof(float));
+  }
 }
 
 // A band's parts merged so far, to the task's state or from it.
@@ -68,7 +70,7 @@ void save_running(const Task& task, int b, int dim, const Partial& running) {
   }
 }
 void begin_running(const Task& task, int b, int dim, Partial& running) {
-  reset(running);
+  reset(running, band_rows(task, b), dim);
   if (task.state == nullptr || task.hands_over) return;
   for (int r = 0; r < band_rows(task, b); r++) {
     const float* state = task.state + (b * MAX_ROWS + r) * state_size(dim);
