@@ -34,6 +34,7 @@ def main() -> int:
         "--json", str(args.out / "bench_codec_quality.json"),
         *(word for name in variants for word in ("--variant", name)),
     ]  # fmt: skip
+    commands["bench_step"] = ["--json", str(args.out / "bench_step.json")]
     commands["bench_engine"] = ["--json", str(args.out / "bench_engine.json")]
     commands["bench_gate"] = ["--json", str(args.out / "bench_gate.json")]
     commands["bench_squeeze"] = ["--json", str(args.out / "bench_squeeze.json")]
