@@ -203,7 +203,7 @@ class _Load:
     def _mix(self, most: int) -> _Mix:
         """Prompts as long as fit: the heads once, and what each request has of its own."""
         concurrency = self._log_uniform(1, most)
-        heads = self._rng.permutation(_NUM_HEADS)[: self._rng.integers(1, min(_NUM_HEADS, concurrency) + 1)]
+        heads = self._rng.permutation(_NUM_HEADS)[: self._log_uniform(1, min(_NUM_HEADS, concurrency))]
         is_long = self._rng.random() < _LONG_ROUNDS
         share = self._rng.uniform(_LARGEST_HEAD / 2 if is_long else 0.0, _LARGEST_HEAD)
         room = _FILL * self._capacity - concurrency * _MEAN_ANSWER
