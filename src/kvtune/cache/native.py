@@ -117,12 +117,12 @@ class CacheLibrary:
         raise AttributeError(name)
 
     def expect(self, status: int) -> None:
-        """A status other than 0 becomes an exception."""
+        """A status other than 0 becomes an exception: MemoryError, as from pools in Python, or ours."""
         if not status:
             return
         message = bytes(self.cache_message()).decode(errors="replace")
         if status == _NO_MEMORY:
-            raise HostError("no memory is left for the bookkeeping of blocks; use fewer or larger blocks")
+            raise MemoryError("no memory is left for the bookkeeping of blocks; use fewer or larger blocks")
         raise InvariantError(message)
 
     def hash_chain(
