@@ -26,14 +26,14 @@ import os
 import statistics
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
+from clocks import Clock, SteadyClock, clock_named
 
 from kvtune import CacheConfig, EngineConfig, SchedulerConfig
 from kvtune.engine.calibrate import Calibration, StepTimer, calibrate
@@ -64,82 +64,6 @@ SCHEDULER = SchedulerConfig(max_num_seqs=32, max_num_batched_tokens=512)
 METRICS = ("ttft", "tpot", "e2e")
 QUANTILES = (50, 95)
 LOADS = (0.5, 0.8)
-
-
-class Clock(Protocol):
-    """Seconds for the engine, and the sleep that goes with them."""
-
-    def __call__(self) -> float: ...
-
-    def sleep(self, seconds: float) -> None: ...
-
-
-class PlainClock:
-    """Wall time, or CPU time in which sleeping only moves the hand."""
-
-    def __init__(self, kind: str) -> None:
-        self._read = time.process_time if kind == "cpu" else time.monotonic
-        self._slept = 0.0
-        self._is_wall = kind != "cpu"
-
-    def __call__(self) -> float:
-        return self._read() + self._slept
-
-    def sleep(self, seconds: float) -> None:
-        if self._is_wall:
-            time.sleep(seconds)
-        else:
-            self._slept += seconds
-
-
-class SteadyClock:
-    """Wall time in which a slower machine makes time pass slower; sleeping only moves the hand.
-
-    Every `EVERY_S` a reading first times a probe of small matrix products, as a step of the model has. The
-    probe's own time does not count; the median of the last nine says how fast time passes, against the
-    median of the first ones.
-    """
-
-    EVERY_S = 0.02
-    FIRST, LAST = 50, 9
-
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self._rows = torch.randn(16, 320, generator=generator).bfloat16()
-        self._matrix = torch.randn(1024, 320, generator=generator).bfloat16()
-        for _ in range(20):
-            self._probe()  # warm up
-        self._standard = statistics.median(self._probe() for _ in range(self.FIRST))
-        self._recent: deque[float] = deque(maxlen=self.LAST)
-        self._time, self._speed = 0.0, 1.0
-        self._read = self._probed = time.perf_counter()
-        self.speeds: list[float] = []
-
-    def __call__(self) -> float:
-        now = time.perf_counter()
-        self._time += (now - self._read) * self._speed
-        if now - self._probed > self.EVERY_S:
-            self._recent.append(self._probe())
-            self._speed = self._standard / statistics.median(self._recent)
-            self.speeds.append(self._speed)
-            now = self._probed = time.perf_counter()
-        self._read = now
-        return self._time
-
-    def sleep(self, seconds: float) -> None:
-        self._time += seconds
-
-    def _probe(self) -> float:
-        with torch.inference_mode():
-            torch.nn.functional.linear(self._rows, self._matrix)  # not timed: a step left it cold
-            start = time.perf_counter()
-            for _ in range(12):
-                torch.nn.functional.linear(self._rows, self._matrix)
-            return time.perf_counter() - start
-
-
-def clock_of(kind: str) -> Clock:
-    return SteadyClock() if kind == "steady" else PlainClock(kind)
 
 
 # -- workloads: requests without arrival times
@@ -287,7 +211,7 @@ def measure(
     loaded: LoadedModel, name: str, args: argparse.Namespace
 ) -> tuple[dict[str, Any], FittedCost, dict[str, Any]]:
     """Everything about one workload, the cost model fitted meanwhile, and the measured steps themselves."""
-    clock = clock_of(args.clock)
+    clock = clock_named(args.clock)
     plans, capacity = plan(loaded, name, clock, args)
     runs: dict[float, list[LoadReport]] = {load: [] for load in LOADS}
     slices, served = Calibration(), Calibration()

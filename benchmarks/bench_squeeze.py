@@ -21,7 +21,8 @@ Everything that could favour an arm is fixed before either runs, in this order:
    nobody, above it the budget was too small before it was halved.
 
 Goodput: requests within the SLO per second of the whole run. Seconds are those of this process's CPU (one
-thread) unless `--clock wall`. Bits are checked apart (`squeeze_bits.py`).
+thread) unless `--clock` says otherwise; `steady-cpu` counts them at the machine's speed of the moment, for
+machines whose neighbours come and go. Bits are checked apart (`squeeze_bits.py`).
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ import os
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -40,6 +40,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from clocks import Clock, clock_named
 from squeeze_bits import BITS_KEPT, check_bits
 
 from kvtune import CacheConfig, Engine, EngineConfig, SamplingParams, SchedulerConfig
@@ -156,25 +157,6 @@ class Point:
         }  # fmt: skip
 
 
-class Clock:
-    """Seconds of this run: of the wall, or of this process's CPU, where sleeping only turns the hands. The
-    latter is not disturbed by who else is on the machine; with one thread both agree on a quiet one."""
-
-    def __init__(self, kind: str) -> None:
-        self._read = time.process_time if kind == "cpu" else time.monotonic
-        self._is_wall = kind == "wall"
-        self._skipped = 0.0
-
-    def now(self) -> float:
-        return self._read() + self._skipped
-
-    def sleep(self, seconds: float) -> None:
-        if self._is_wall:
-            time.sleep(seconds)
-        else:
-            self._skipped += seconds
-
-
 # --- requests
 
 
@@ -211,12 +193,12 @@ def engine_of(loaded: LoadedModel, args: argparse.Namespace, **cache: Any) -> En
             max_num_batched_tokens=args.batched_tokens, watermark=args.watermark, admission=args.admission
         ),
         config=EngineConfig(num_threads=args.threads),
-        clock=args.time.now,
+        clock=args.time,
     )
 
 
 def running(engine: Engine, args: argparse.Namespace) -> RunningEngine:
-    return RunningEngine(engine, clock=args.time.now, sleep=args.time.sleep)
+    return RunningEngine(engine, clock=args.time, sleep=args.time.sleep)
 
 
 def prove(
@@ -329,8 +311,8 @@ def closed_loop(
             if int(output.request_id) >= count:  # not of the first, which all come at once
                 held.append(within(output, slo))
             else:
-                start = start or args.time.now()
-    return statistics.mean(held), (len(held) + count) / (args.time.now() - start)
+                start = start or args.time()
+    return statistics.mean(held), (len(held) + count) / (args.time() - start)
 
 
 # --- one run
@@ -341,12 +323,12 @@ class Watch:
 
     def __init__(self, engine: Engine, clock: Clock) -> None:
         self._engine, self._clock = engine, clock
-        self._at_s = clock.now()
+        self._at_s = clock()
         self._held: list[tuple[float, float, float]] = []  # seconds, bytes, running requests
         self.peak_arena = self.peak_over = 0
 
     def look(self, *, counts: bool) -> None:
-        memory, now = self._engine.memory(), self._clock.now()
+        memory, now = self._engine.memory(), self._clock()
         if counts:
             self._held.append((now - self._at_s, memory.referenced_bytes, self._engine.num_running))
         self._at_s = now
@@ -366,9 +348,9 @@ def serve(
     full, clock = engine.kv_budget_bytes, args.time
     first, last = len(stream) // 4, 3 * len(stream) // 4
     outputs: dict[str, RequestOutput] = {}
-    watch, start, sent, steps = Watch(engine, clock), clock.now(), 0, 0
+    watch, start, sent, steps = Watch(engine, clock), clock(), 0, 0
     while sent < len(stream) or engine.has_unfinished:
-        now = clock.now() - start
+        now = clock() - start
         while sent < len(stream) and stream[sent].at_s <= now:
             if is_halved and sent in (first, last):
                 engine.set_kv_budget(full // 2 if sent == first else full)
@@ -382,7 +364,7 @@ def serve(
         steps += 1
         if not steps % SAMPLE_STEPS:
             watch.look(counts=first <= sent < last)
-    duration = clock.now() - start
+    duration = clock() - start
     return run_of(engine, outputs, watch, slo, duration, range(first, last), len(stream))
 
 
@@ -589,7 +571,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--bits-share", type=float, default=0.9, help="of what is referenced at the squeeze")
     parser.add_argument("--kernel", default="auto", help="of the bit checks")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--clock", choices=("cpu", "wall"), default="cpu", help="whose seconds count")
+    parser.add_argument(
+        "--clock", choices=("cpu", "steady-cpu", "wall"), default="cpu", help="whose seconds count"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=None)
     return parser.parse_args()
@@ -603,7 +587,7 @@ def _plain(value: Any) -> Any:
 def main() -> int:
     args = parse()
     torch.set_num_threads(args.threads)
-    args.time = Clock(args.clock)
+    args.time = clock_named(args.clock)
     model = args.model or reference_model_path()
 
     def note(text: str) -> None:
