@@ -353,8 +353,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     begin = time.perf_counter()
     setup = set_up(args)
     chosen = args.only or SECTIONS
-    result: dict[str, Any] = {"model": str(args.model), "cpu": platform.processor(), "cores": os.cpu_count(),
-                              "load_average": os.getloadavg(), "margin": MARGIN.to_dict()}  # fmt: skip
+    is_bundled = Path(args.model) == reference_model_path()
+    result: dict[str, Any] = {
+        "model": "reference model" if is_bundled else str(args.model), "cpu": platform.processor(),
+        "cores": os.cpu_count(), "load_average": os.getloadavg(), "margin": MARGIN.to_dict(),
+    }  # fmt: skip
     needs_population = {"coverage", "damage", "probes"} & set(chosen)
     population = Population(setup) if needs_population else None
     for name in chosen:
