@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.proof
+pytestmark = [pytest.mark.proof, pytest.mark.timeout(1800)]
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 GATE_SECTIONS = [word for name in ("coverage", "damage", "probes", "cost") for word in ("--only", name)]
