@@ -25,9 +25,13 @@ GATE_SECTIONS = [word for name in ("coverage", "damage", "probes", "cost") for w
         pytest.param("bench_gate.py", ["--only", "speed", "--work", "work"], id="speed is called rightly"),
         pytest.param("bench_gate.py", [*GATE_SECTIONS, "--work", "work"], id="the gate is rarely wrong"),
         pytest.param(
+            "bench_codec_quality.py", ["--samples", "64", "--tokens", "1024"], id="codecs keep their order"
+        ),
+        pytest.param(
             "bench_codec_quality.py",
             ["--samples", "64", "--tokens", "1024", "--variant", "biased_keys"],
-            id="codecs keep their order",
+            id="rotation and centring halve what int4 loses on biased keys",
+            marks=pytest.mark.xfail(strict=True, reason="1.7 times less on biased keys, not twice"),
         ),
         pytest.param("bench_allocation.py", ["--variant", "model"], id="tables beat uniform pairs"),
     ],
