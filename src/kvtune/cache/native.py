@@ -6,14 +6,14 @@ The C++ sources are in csrc/pool/.
 from __future__ import annotations
 
 import ctypes
-import sys
 from array import array
 from ctypes import POINTER, c_char_p, c_int32, c_int64, c_uint32, c_void_p
 from pathlib import Path
 from typing import Any, Final
 
 from kvtune.cache.block_hashes import HASH_BYTES, BlockHashes
-from kvtune.errors import HostError, InvariantError
+from kvtune.errors import InvariantError
+from kvtune.native_library import find_library, open_library
 from kvtune.types import BlockHash, TokenArray
 
 __all__ = ["CacheLibrary", "PoolCounts", "cache_library", "library_path", "padded"]
@@ -86,24 +86,17 @@ _SIGNATURES: Final[dict[str, tuple[tuple[Any, ...], Any]]] = {
 
 def library_path() -> Path | None:
     """Where the built library lies: beside this module, or wherever the package was installed from."""
-    for root in sys.modules["kvtune"].__path__:
-        path = Path(root) / "cache" / "libkvtune_cache.so"
-        if path.is_file():
-            return path
-    return None
+    return find_library("cache", "kvtune_cache")
 
 
 class CacheLibrary:
     """A loaded library. HostError if it does not load or speaks another ABI."""
 
     def __init__(self, path: Path) -> None:
-        try:
-            library = ctypes.PyDLL(str(path))  # calls are short: they keep the interpreter lock
-        except OSError as error:
-            raise HostError(f"the block pools {path} do not load: {error}") from None
-        version = int(library.kvtune_cache_abi_version())
-        if version != ABI_VERSION:
-            raise HostError(f"the block pools {path} speak ABI {version}, this kvtune {ABI_VERSION}: rebuild")
+        library = open_library(
+            path, "the block pools", abi_symbol="kvtune_cache_abi_version", abi_version=ABI_VERSION,
+            loader=ctypes.PyDLL,  # calls are short: they keep the interpreter lock
+        )  # fmt: skip
         for name, (arguments, result) in _SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, result

@@ -7,7 +7,6 @@ be shown and Ctrl-C works between them.
 from __future__ import annotations
 
 import ctypes
-import sys
 from ctypes import POINTER, byref, c_char_p, c_double, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Final
@@ -17,6 +16,7 @@ import numpy.typing as npt
 
 from kvtune.cache.replay_records import Int32Array, IntArray, Outcome, ReplayJob, TraceArrays
 from kvtune.errors import HostError, InvariantError, UsageError
+from kvtune.native_library import find_library, open_library
 
 __all__ = ["NativeCore", "NativeCurve", "NativeReplay", "NativeTrace", "library_path"]
 
@@ -62,26 +62,17 @@ class _Options(ctypes.Structure):
 
 def library_path() -> Path | None:
     """Where the built library lies: beside this module, or wherever the package was installed from."""
-    for root in sys.modules["kvtune"].__path__:
-        path = Path(root) / "cache" / "libkvtune_replay.so"
-        if path.is_file():
-            return path
-    return None
+    return find_library("cache", "kvtune_replay")
 
 
 class NativeCore:
     """A loaded library. HostError if it does not load or speaks another ABI."""
 
     def __init__(self, path: Path) -> None:
-        try:
-            library = ctypes.CDLL(str(path))
-        except OSError as error:
-            raise HostError(f"the replay core {path} does not load: {error}") from None
-        version = int(library.kvtune_replay_abi_version())
-        if version != ABI_VERSION:
-            raise HostError(
-                f"the replay core {path} speaks ABI {version}, this kvtune {ABI_VERSION}: rebuild"
-            )
+        library = open_library(
+            path, "the replay core", abi_symbol="kvtune_replay_abi_version", abi_version=ABI_VERSION,
+            is_one=True,
+        )  # fmt: skip
         library.kvtune_replay_policy_name.restype = c_char_p
         for name in ("kvtune_replay_bytes", "kvtune_replay_log", "kvtune_lru_curve_bytes"):
             getattr(library, name).restype = c_int64

@@ -5,8 +5,6 @@ Both compute in float32 and round once, at the end; a row's bits depend on that 
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
@@ -14,7 +12,7 @@ from typing import Final, NamedTuple, Protocol
 import torch
 from torch.nn import functional
 
-from kvtune.errors import HostError
+from kvtune.native_library import find_library, open_library
 
 __all__ = ["HeadNorms", "Heads", "LayerOps", "NativeLayerOps", "TorchLayerOps", "layer_ops", "library_path"]
 
@@ -100,15 +98,9 @@ class NativeLayerOps:
     not load."""
 
     def __init__(self, path: Path) -> None:
-        try:
-            library = ctypes.CDLL(str(path))
-        except OSError as error:
-            raise HostError(f"native layers {path} do not load: {error}") from None
-        version = int(library.kvtune_layers_abi_version())
-        if version != ABI_VERSION:
-            raise HostError(
-                f"native layers {path} speak ABI {version}, this kvtune needs {ABI_VERSION}: rebuild"
-            )
+        library = open_library(
+            path, "native layers", abi_symbol="kvtune_layers_abi_version", abi_version=ABI_VERSION
+        )
         self._add_norm = library.kvtune_add_norm
         self._add_norm.argtypes = (*(c_void_p,) * 4, c_int64, c_int64, c_float, c_int32, c_int32)
         self._add_norm.restype = None
@@ -157,11 +149,7 @@ class NativeLayerOps:
 
 def library_path() -> Path | None:
     """Where the built library lies: beside this module, or wherever the package was installed from."""
-    for root in sys.modules["kvtune"].__path__:
-        path = Path(root) / "engine" / "libkvtune_layers.so"
-        if path.is_file():
-            return path
-    return None
+    return find_library("engine", "kvtune_layers")
 
 
 def layer_ops(dtype: torch.dtype, *, native: bool = True) -> LayerOps:

@@ -6,16 +6,16 @@ The C++ sources are in csrc/. `num_threads` follows torch's at each call; with o
 from __future__ import annotations
 
 import ctypes
-import sys
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 import torch
 
-from kvtune.errors import HostError, InvariantError, UsageError
+from kvtune.errors import InvariantError, UsageError
 from kvtune.kernels.batch import AttentionBatch, LayerCache
 from kvtune.kernels.planes import LowPlanes
 from kvtune.kernels.reference import Masking
+from kvtune.native_library import find_library, open_library
 from kvtune.spec import PackedLayout
 
 __all__ = ["MAX_HEAD_DIM", "NativeLibrary", "library_path"]
@@ -105,27 +105,16 @@ class _Gather(ctypes.Structure):
 
 def library_path() -> Path | None:
     """Where the built library lies: beside this module, or wherever the package was installed from."""
-    # the package's search path knows both places of an editable install
-    for root in sys.modules["kvtune"].__path__:
-        path = Path(root) / "kernels" / "libkvtune_kernels.so"
-        if path.is_file():
-            return path
-    return None
+    return find_library("kernels", "kvtune_kernels")
 
 
 class NativeLibrary:
     """A loaded library and the instruction set to use. HostError if it does not load or lacks the set."""
 
     def __init__(self, path: Path, isa: str = "auto") -> None:
-        try:
-            self._library = ctypes.CDLL(str(path))
-        except OSError as error:
-            raise HostError(f"native kernels {path} do not load: {error}") from None
-        version = int(self._library.kvtune_abi_version())
-        if version != ABI_VERSION:
-            raise HostError(
-                f"native kernels {path} speak ABI {version}, this kvtune needs {ABI_VERSION}: rebuild"
-            )
+        self._library = open_library(
+            path, "native kernels", abi_symbol="kvtune_abi_version", abi_version=ABI_VERSION
+        )
         self._library.kvtune_find_isa.argtypes = (c_char_p,)
         self._library.kvtune_isa_name.argtypes = (c_int32,)
         self._library.kvtune_isa_name.restype = c_char_p
