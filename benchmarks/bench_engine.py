@@ -23,12 +23,12 @@ read what has to be read and multiply what has to be multiplied (see `least_seco
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Limit, cpu_name, l3_size, measure_limit, probe
+from harness import Elsewhere, Limit, cpu_name, l3_size, measure_limit, probe
 from transformers import LlamaConfig, LlamaForCausalLM
 
 HERE = Path(__file__).resolve().parent
@@ -135,38 +135,18 @@ def least_seconds(cell: Cell, cell_name: str, limit: Limit, kv_bytes: float) -> 
     return least + decode
 
 
-class Child:
+class Child(Elsewhere):
     """One engine in its process."""
 
     def __init__(self, name: str, model: Path, threads: int, python: str) -> None:
         kind, codec = ENGINES[name]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        self.name, self.has_steps = name, kind in ("kvtune", "vllm")
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # lives as long as the child
-        self._process = subprocess.Popen(
-            [python, str(HERE / "engine_contenders.py"), kind, str(model), str(threads), codec],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment,
-        )  # fmt: skip
-        self._answer()
+        self.has_steps = kind in ("kvtune", "vllm")
+        super().__init__(
+            name, [python, HERE / "engine_contenders.py", kind, model, str(threads), codec], threads
+        )
 
-    def ask(self, cell: Cell, number: int) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        work = {"prompts": cell.prompts, "max_tokens": cell.max_tokens, "early": cell.early, "round": number}
-        print(json.dumps(work), file=self._process.stdin, flush=True)
-        return self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self._log.seek(0)
-            raise SystemExit(f"{self.name} ended:\n{self._log.read()[-3000:]}")
-        return json.loads(line)
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=60)
+    def run(self, cell: Cell, number: int) -> dict[str, Any]:
+        return self.ask(prompts=cell.prompts, max_tokens=cell.max_tokens, early=cell.early, round=number)
 
 
 def summary(cell: Cell, answer: dict[str, Any]) -> dict[str, float]:
@@ -193,7 +173,7 @@ def run_cell(
             cell = make_cell(name, random.Random(f"{name}/{attempt}/{number}"), scale)
             turn = max(number, 0) % len(children)
             for child in children[turn:] + children[:turn]:
-                answer = child.ask(cell, number)
+                answer = child.run(cell, number)
                 if number >= 0:
                     runs[child.name].append(summary(cell, answer))
         after = probe(threads)
@@ -268,21 +248,22 @@ def main() -> int:
             limit = measure_limit(threads)
             record["limits"][str(threads)] = asdict(limit)
             pythons = {"vllm": args.vllm_python}
-            children = [
-                Child(name, model, threads, pythons.get(ENGINES[name][0], sys.executable))
-                for name in args.engines
-            ]
-            for name in args.cells:
-                able = [child for child in children if name in WHOLE_RUNS or child.has_steps]
-                if not able:
-                    continue
-                entry = run_cell(name, able, args, threads, limit)
-                record["cells"].append(entry)
-                show(entry)
-                if args.json:
-                    args.json.write_text(json.dumps(record, indent=1) + "\n")
-            for child in children:
-                child.close()
+            with contextlib.ExitStack() as stack:
+                children = [
+                    stack.enter_context(
+                        Child(name, model, threads, pythons.get(ENGINES[name][0], sys.executable))
+                    )
+                    for name in args.engines
+                ]
+                for name in args.cells:
+                    able = [child for child in children if name in WHOLE_RUNS or child.has_steps]
+                    if not able:
+                        continue
+                    entry = run_cell(name, able, args, threads, limit)
+                    record["cells"].append(entry)
+                    show(entry)
+                    if args.json:
+                        args.json.write_text(json.dumps(record, indent=1) + "\n")
     return 0
 
 

@@ -12,9 +12,7 @@ harness.py.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
@@ -35,38 +33,15 @@ BLOCK_SIZE = 128
 """vLLM's default on the CPU."""
 
 
-class Vllm:
-    """The process with vLLM's operator; use as a context manager."""
+class Vllm(Elsewhere):
+    """The process with vLLM's operator."""
 
     def __init__(self, python: str, threads: int) -> None:
         worker = Path(__file__).with_name("vllm_attention_worker.py")
-        self._process = subprocess.Popen(
-            [python, str(worker), str(threads)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": str(threads),
-                "PYTHONPATH": "",
-                "VLLM_LOGGING_LEVEL": "ERROR",
-            },
-        )
-
-    def __enter__(self) -> Vllm:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.communicate()
-
-    def ask(self, **order: object) -> dict:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"vLLM's process ended with {self._process.wait()} at {order}")
-        return json.loads(line)
+        super().__init__(
+            "vLLM's process", [python, worker, str(threads)], threads, PYTHONPATH="",
+            VLLM_LOGGING_LEVEL="ERROR",
+        )  # fmt: skip
 
     def contenders(self, shape: Shape) -> dict[str, Call]:
         """Name -> call, over new caches of this shape."""
@@ -74,7 +49,7 @@ class Vllm:
         calls: dict[str, Call] = {}
         for name, kv_dtype in PEERS.items():
             self.ask(make=name, kv_dtype=kv_dtype, block_size=BLOCK_SIZE, **asdict(shape))
-            calls[name] = lambda name=name: Elsewhere(self.ask(run=name)["seconds"])
+            calls[name] = lambda name=name: self.ask(run=name)
         return calls
 
 

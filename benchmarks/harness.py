@@ -13,14 +13,18 @@ or multiplying matrices (products) in the same process.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import statistics
+import subprocess
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 
@@ -34,11 +38,59 @@ MAX_STALLED_SHARE = 0.02
 MIN_CPU_SHARE = 0.9
 
 
-@dataclass(frozen=True)
 class Elsewhere:
-    """What a call returns that ran in another process: its seconds there, by the same clock."""
+    """A process that answers each JSON object, one a line, by another; use as a context manager.
 
-    seconds: float
+    The process says something once it is ready. What it logs is shown if it ends before it was told to.
+    SystemExit then. A measured call that returns its answer counts by the answer's `seconds`: see `measure`.
+    """
+
+    def __init__(self, name: str, command: Sequence[str | Path], threads: int, **environment: str) -> None:
+        self.name = name
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # lives as long as the process
+        self._process = subprocess.Popen(
+            [str(word) for word in command],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads), **environment},
+        )  # fmt: skip
+        self._answer()
+
+    def ask(self, **order: object) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended; why is in its log
+            print(json.dumps(order), file=self._process.stdin, flush=True)
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._wait()
+            self._log.seek(0)
+            said = self._log.read()[-3000:]
+            self.close()
+            raise SystemExit(f"{self.name} ended:\n{said}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        """Close its input and wait for it; one that does not end by itself is killed."""
+        self._wait()
+        self._log.close()
+
+    def _wait(self) -> None:
+        try:
+            self._process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.communicate()
+        except BrokenPipeError:
+            self._process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 @dataclass(frozen=True)
@@ -128,7 +180,10 @@ def _meeting(threads: int) -> float:
 
 
 def measure(calls: dict[str, Call], rounds: int, clock: Clock) -> dict[str, list[float]]:
-    """Seconds of `rounds` rounds of every call, warmed up once, the first one rotating."""
+    """Seconds of `rounds` rounds of every call, warmed up once, the first one rotating.
+
+    A call that returns a dict ran `Elsewhere`: its seconds there count.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls.items())
     for _, call in order:
@@ -138,7 +193,7 @@ def measure(calls: dict[str, Call], rounds: int, clock: Clock) -> dict[str, list
             start = clock()
             result = call()
             seconds = clock() - start
-            times[name].append(result.seconds if isinstance(result, Elsewhere) else seconds)
+            times[name].append(result["seconds"] if isinstance(result, dict) else seconds)
     return times
 
 

@@ -1,8 +1,9 @@
 """vLLM's CPU attention operator for bench_vllm_attention.py; started by the Python of a vLLM installation.
 
 One JSON object a line on standard input, one answer a line on what standard output was at the start (logs go
-to standard error). `{"make": NAME, ...}` fills a paged cache as vLLM's CPU backend lays it out, `{"run":
-NAME}` calls the operator once and answers with its seconds, `{"clear": true}` forgets the caches.
+to standard error); the first line out says that it is ready. `{"make": NAME, ...}` fills a paged cache as
+vLLM's CPU backend lays it out, `{"run": NAME}` calls the operator once and answers with its seconds,
+`{"clear": true}` forgets the caches.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ def main() -> None:
     torch.set_num_threads(threads)
     clock = time.thread_time if threads == 1 else time.perf_counter
     calls: dict[str, Callable[[], object]] = {}
+    print(json.dumps({"ready": "vllm"}), file=ANSWERS, flush=True)
     for line in sys.stdin:
         order, answer = json.loads(line), {}
         if "make" in order:

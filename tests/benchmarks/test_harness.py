@@ -74,3 +74,32 @@ def test_several_threads_are_judged_by_how_long_they_wait_for_each_other():
 @pytest.mark.parametrize(("num_bytes", "flop", "seconds"), [(1e9, 1e9, 0.1), (1e9, 1e11, 1.0)])
 def test_the_limit_is_the_scarcer_of_bytes_and_products(num_bytes, flop, seconds):
     assert pytest.approx(seconds) == LIMIT.seconds(num_bytes, flop)
+
+
+ECHO = """
+import json, sys
+print(json.dumps({"ready": True}), flush=True)
+for line in sys.stdin:
+    order = json.loads(line)
+    if order.get("die"):
+        sys.exit("it had enough")
+    print(json.dumps({"seconds": 7.0, **order}), flush=True)
+"""
+
+
+def test_a_call_answered_by_another_process_counts_by_the_seconds_of_that_process():
+    with harness.Elsewhere("echo", [sys.executable, "-c", ECHO], 1) as child:
+        assert child.ask(word="x") == {"seconds": 7.0, "word": "x"}
+        calls = {"there": child.ask, "here": lambda: None}
+        assert harness.measure(calls, 2, lambda: 0.0) == {"there": [7.0, 7.0], "here": [0.0, 0.0]}
+    assert child._process.returncode == 0
+
+
+def test_a_process_that_dies_is_named_with_what_it_said_last():
+    with (
+        harness.Elsewhere("echo", [sys.executable, "-c", ECHO], 1) as child,
+        pytest.raises(SystemExit, match=r"echo ended:\nit had enough"),
+    ):
+        child.ask(die=True)
+    with pytest.raises(SystemExit, match="no_such_module"):
+        harness.Elsewhere("echo", [sys.executable, "-c", "import no_such_module"], 1)
