@@ -141,7 +141,9 @@ class CacheConfig(_Settings):
         metadata={"help": "layer index -> (k_codec, v_codec); overrides the two above"},
     )
     key_centring: str = _knob(
-        "auto", "what rotated key codecs take from all keys: auto | bias (of k_proj) | probe (mean key) | off"
+        "auto",
+        "what rotated key codecs take from all keys: auto (bias and probe) | bias (of k_proj) | "
+        "probe (mean key) | off",
     )
     first_block_16bit: bool = _knob(False, "keep block 0 of every sequence in 16 bit")
     enable_prefix_caching: bool = _knob(True, "share blocks of equal prefixes")

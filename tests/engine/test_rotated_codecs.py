@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -62,7 +64,8 @@ def kl(reference: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def test_the_bias_is_carried_through_rope_and_averaged_over_positions(biased):
-    centres = key_centres(biased, CacheConfig(k_codec="int4_rh"), max_model_len=biased.max_model_len)
+    bias = CacheConfig(k_codec="int4_rh", key_centring="bias")
+    centres = key_centres(biased, bias, max_model_len=biased.max_model_len)
     assert sorted(centres) == [layer.index for layer in biased.spec.layers]
     config = biased.model.config
     dim = biased.spec.layers[0].k_head_dim
@@ -76,6 +79,21 @@ def test_the_bias_is_carried_through_rope_and_averaged_over_positions(biased):
         assert centre[:, 0].abs().max() < 3  # the fastest pair turns round and round: only noise is left
         others = [d for d in range(dim) if d not in (0, dim // 2, dim // 2 - 1, dim - 1)]
         assert torch.equal(centre[:, others], torch.zeros_like(centre[:, others]))
+
+
+def test_what_keys_share_beside_their_bias_is_centred_too(biased):
+    """Keys of layer 0 do not depend on attention: there, the centre is the bias and the mean of the rest."""
+    bias = key_centres(biased, CacheConfig(k_codec="int4_rh", key_centring="bias"), max_model_len=256)[0]
+    both = key_centres(biased, CacheConfig(k_codec="int4_rh"), max_model_len=256)[0]
+    unbiased = copy.deepcopy(biased.model)
+    for layer in unbiased.model.layers:
+        layer.self_attn.k_proj.bias.data.zero_()
+    probe = CacheConfig(k_codec="int4_rh", key_centring="probe")
+    rest = key_centres(load_model(unbiased), probe, max_model_len=256)[0]
+    assert rest.abs().max() > 0.1
+    assert torch.allclose(both, bias + rest, atol=0.1)  # bfloat16 of 20 is that coarse
+    small = bias.abs() < 1
+    assert torch.allclose(both[small], (bias + rest)[small], atol=0.01)
 
 
 def test_centres_are_constants_of_the_weights(biased, llama):
@@ -147,7 +165,7 @@ def test_hits_equal_misses_bit_for_bit(biased, start, codec):
 def test_another_centre_is_another_fingerprint(biased, start):
     prints = {
         start(biased, kv_budget="2MiB", k_codec="int4_rh", key_centring=centring).fingerprint
-        for centring in ("auto", "probe", "off")
+        for centring in ("auto", "bias", "off")
     }
     assert len(prints) == 3
     plain = {

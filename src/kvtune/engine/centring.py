@@ -1,10 +1,10 @@
 """The centre that rotated key codecs take from every key of a layer: one constant vector per KV head.
 
 Keys of many models sit far from zero in a few channels: an offset the codec spends its range on and softmax
-does not see (llama.cpp #21385; Qwen2's key biases). Where k_proj has a bias, the offset is that bias carried
-through the model's own RoPE and averaged over positions: fast pairs average to nothing, slow ones stay.
-Without a bias it is the mean key of random tokens. Either way a constant of the weights: no user's text, the
-same for every request, so prefixes stay shareable.
+does not see (llama.cpp #21385; Qwen2's key biases). A bias of k_proj is one part of it, known exactly:
+carried through RoPE and averaged over positions, fast pairs come to nothing and slow ones stay.
+What keys share beside it is measured: the mean key of random tokens. Both are constants of the weights: no
+user's text, the same for every request, so prefixes stay shareable.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ _BLOCK = 16
 def key_centres(loaded: LoadedModel, cache: CacheConfig, *, max_model_len: int) -> dict[int, torch.Tensor]:
     """Layer index -> centre float32 [h, Dk] of each layer whose key codec is rotated.
 
-    Follows `cache.key_centring`; "auto" takes the bias where all these layers have one, else the probe.
+    Follows `cache.key_centring`: "bias", "probe" (mean key of random tokens at the first positions) or
+    "auto", the probe with its part of the biases, where all these layers have one, taken over many more.
     UsageError where "bias" is asked for and a layer's keys have no bias of their own. Values are rounded to
     bfloat16, so that machines and thread counts agree on them but for rare ties.
     """
@@ -57,11 +58,16 @@ def key_centres(loaded: LoadedModel, cache: CacheConfig, *, max_model_len: int) 
             f"key_centring bias: layer {missing[0]} of {loaded.spec.model_type} has no k_proj bias that "
             "reaches the cache as it is; use auto, probe or off"
         )
-    if cache.key_centring == "probe" or missing:
-        means = _mean_keys(loaded, _sequence(loaded.vocab_size, min(_PROBE_TOKENS, max_model_len)))
+    probe = _sequence(loaded.vocab_size, min(_PROBE_TOKENS, max_model_len))
+    has_bias = cache.key_centring != "probe" and not missing
+    bias = _mean_biases(loaded, biases, _scattered(min(BIAS_POSITIONS, max_model_len))) if has_bias else {}
+    if cache.key_centring == "bias":
+        means = bias
     else:
-        with _only_biases(biases):
-            means = _mean_keys(loaded, _scattered(min(BIAS_POSITIONS, max_model_len)), attends=False)
+        means = _mean_keys(loaded, probe)
+        if has_bias:
+            near = _mean_biases(loaded, biases, probe)
+            means = {layer: means[layer] - near[layer] + bias[layer] for layer in layers}
     return {layer: means[layer].bfloat16().float().contiguous() for layer in layers}
 
 
@@ -101,6 +107,14 @@ def _only_biases(projections: Mapping[int, torch.nn.Module]) -> Generator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _mean_biases(
+    loaded: LoadedModel, projections: Mapping[int, torch.nn.Module], chunks: list[ScheduledChunk]
+) -> dict[int, torch.Tensor]:
+    """Mean over the chunks' positions of what k_proj's bias becomes after RoPE, float32 [h, Dk] per layer."""
+    with _only_biases(projections):
+        return _mean_keys(loaded, chunks, attends=False)
 
 
 def _sequence(vocab_size: int, length: int) -> list[ScheduledChunk]:
