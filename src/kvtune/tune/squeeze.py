@@ -8,9 +8,9 @@ that are tried.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -32,7 +32,7 @@ from kvtune.tune.pace import Pace
 from kvtune.tune.settings import TuneSettings
 from kvtune.tune.space import with_layers
 
-__all__ = ["SQUEEZE_SHARE", "PlaneProof", "SqueezeProof", "as_json", "planes_of"]
+__all__ = ["SQUEEZE_SHARE", "PlaneProof", "SqueezeProof", "as_json", "planes_of", "prove_planes"]
 
 SQUEEZE_SHARE = 0.15
 """Of the budget, what is kept for this where it is asked for."""
@@ -72,101 +72,105 @@ class SqueezeProof:
         }  # fmt: skip
 
 
+class ReadsNested(RunningTarget, ReadsPlanes, Protocol):
+    """A started engine whose nested codes can be read from one plane."""
+
+
 class PlaneProof:
-    """One proof for one confirmed configuration. `search`: the reference of the half that may be looked at
-    freely; `gate`: of the half that decides."""
+    """One proof for one started engine. `search`: the reference that may be looked at freely; `gate`: of the
+    requests that decide. `affords`: whether there is time to replay so many requests."""
 
     def __init__(
-        self, target: Target, settings: TuneSettings, *, search: Reference, gate: Gate, pace: Pace,
-        rng: np.random.Generator,
+        self, running: ReadsNested, *, search: Reference, gate: Gate, rng: np.random.Generator,
+        affords: Callable[[int], bool] = lambda _: True,
     ) -> None:  # fmt: skip
-        self._target, self._settings = target, settings
-        self._search, self._gate = search, gate
-        self._pace, self._rng = pace, rng
+        self._running, self._search, self._gate = running, search, gate
+        self._rng, self._affords = rng, affords
 
-    def prove(self, config: Config) -> SqueezeProof:
-        """The largest set found whose reading passes. A crash leaves nothing proven, and says so."""
-        sides = nested_sides(self._target, config)
-        if not sides:
-            return SqueezeProof(planes={}, skipped="no side of the winner is stored in two planes (n8_rh)")
-        try:
-            with started(self._target, config, self._settings, self._pace) as running:
-                if not isinstance(running, ReadsPlanes):
-                    return SqueezeProof(planes={}, skipped="the engine cannot read one plane of two")
-                return self._prove(running, running, sides, config)
-        except CRASHES as error:
-            return SqueezeProof(planes={}, skipped=" ".join(f"crashed: {error}".split()))
-
-    def _prove(
-        self, running: RunningTarget, planes: ReadsPlanes, sides: Sequence[Side], config: Config
-    ) -> SqueezeProof:
-        harms = self._harms(running, planes, sides)
+    def prove(self, sides: Sequence[Side]) -> SqueezeProof:
+        """The largest set found among `sides`, which are stored in two planes, whose reading passes."""
+        harms = self._harms(sides)
         if harms is None:
             return SqueezeProof(planes={}, skipped="no time was left to measure what each side loses")
         ordered = sorted(harms, key=lambda side: harms[side])
         listed = tuple((side, harms[side]) for side in ordered)
         tried: list[tuple[Planes, QualityVerdict]] = []
-        error, count = SharedError(MAX_SETS), self._largest(running, planes, ordered)
+        error, count = SharedError(MAX_SETS), self._largest(ordered)
         while count and len(tried) < MAX_SETS and self._affords(len(self._gate.reference.items)):
             chosen = planes_of(ordered[:count])
-            with planes.reading(chosen), self._pace.measure("squeeze"):
+            with self._running.reading(chosen):
                 quality, _ = judge_candidate(
-                    running, self._gate, is_lossy=True, rng=self._rng, error=error.level(len(tried))
+                    self._running, self._gate, is_lossy=True, rng=self._rng, error=error.level(len(tried))
                 )
             tried.append((chosen, quality))
             if quality.verdict is Verdict.PASS:
-                sizes = (self._bytes(config), self._bytes(self._lowered(config, ordered[:count])))
-                return SqueezeProof(
-                    planes=chosen, quality=quality, sides=listed, tried=tuple(tried),
-                    bytes_per_token=sizes[0], lowered_bytes_per_token=sizes[1],
-                )  # fmt: skip
+                return SqueezeProof(planes=chosen, quality=quality, sides=listed, tried=tuple(tried))
             count = 2 * count // 3
         why = "no time was left to prove it" if count else "no side passed on the search half"
         return SqueezeProof(planes={}, sides=listed, tried=tuple(tried), skipped="" if tried else why)
 
-    def _harms(
-        self, running: RunningTarget, planes: ReadsPlanes, sides: Sequence[Side]
-    ) -> dict[Side, float] | None:
+    def _harms(self, sides: Sequence[Side]) -> dict[Side, float] | None:
         """KL [nats per token] that reading each side at 4 bits adds, alone."""
         reference = self._search.head(MAX_ITEMS)
         if not self._affords(len(reference.items) * (1 + len(sides)) + 2 * len(self._search.items)):
             return None
-        before = replay(running, reference)
+        before = replay(self._running, reference)
         found: dict[Side, float] = {}
         for side in sides:
-            with planes.reading(planes_of([side])):
-                after = replay(running, reference)
+            with self._running.reading(planes_of([side])):
+                after = replay(self._running, reference)
             found[side] = isolated_kl(reference, before, after, rng=self._rng).value
         return found
 
-    def _largest(self, running: RunningTarget, planes: ReadsPlanes, ordered: Sequence[Side]) -> int:
+    def _largest(self, ordered: Sequence[Side]) -> int:
         """How many of the mildest sides likely pass together, by the search half: bisected, as more planes
         gone harm more."""
         low, high = 0, len(ordered)
         while low < high:
             middle = (low + high + 1) // 2
-            with planes.reading(planes_of(ordered[:middle])):
-                scores = replay(running, self._search)
-            verdict = judge(self._search, scores, margin=self._settings.limits, is_lossy=True, rng=self._rng)
+            with self._running.reading(planes_of(ordered[:middle])):
+                scores = replay(self._running, self._search)
+            verdict = judge(self._search, scores, margin=self._gate.margin, is_lossy=True, rng=self._rng)
             low, high = (middle, high) if is_likely(plain(verdict.to_dict())) else (low, middle - 1)
         return low
 
-    def _affords(self, num_requests: int) -> bool:
-        return self._pace.left_s > self._pace.cost_s("replay", num_requests)
 
-    def _bytes(self, config: Config) -> float:
-        return self._target.kv_bytes_per_token(config, context=self._settings.context)
+def prove_planes(
+    target: Target, config: Config, settings: TuneSettings, *, search: Reference, gate: Gate, pace: Pace,
+    rng: np.random.Generator,
+) -> SqueezeProof:  # fmt: skip
+    """The proof for one confirmed configuration, started for it, in the time that `pace` has left. A crash
+    leaves nothing proven, and says so."""
+    sides = nested_sides(target, config)
+    if not sides:
+        return SqueezeProof(planes={}, skipped="no side of the winner is stored in two planes (n8_rh)")
+    try:
+        with started(target, config, settings, pace) as running:
+            if not isinstance(running, ReadsPlanes):
+                return SqueezeProof(planes={}, skipped="the engine cannot read one plane of two")
+            proof = PlaneProof(
+                running, search=search, gate=gate, rng=rng,
+                affords=lambda count: pace.left_s > pace.cost_s("replay", count),
+            ).prove(sides)  # fmt: skip
+    except CRASHES as error:
+        return SqueezeProof(planes={}, skipped=" ".join(f"crashed: {error}".split()))
+    if not proof.planes:
+        return proof
+    lowered = _lowered(target, config, sides_of(proof.planes))
+    whole, least = (target.kv_bytes_per_token(c, context=settings.context) for c in (config, lowered))
+    return replace(proof, bytes_per_token=whole, lowered_bytes_per_token=least)
 
-    def _lowered(self, config: Config, sides: Sequence[Side]) -> Config:
-        """The configuration that stores no more than what is read of these sides at 4 bits."""
-        if not isinstance(self._target, AllocatesLayers):
-            return config
-        offered = self._target.layer_codecs()
-        table = codecs_of(config, offered.layers)
-        for layer, side in sides:
-            k, v = table[layer]
-            table[layer] = (offered.high, v) if side == "k" else (k, offered.high)
-        return with_layers(config, table)
+
+def _lowered(target: Target, config: Config, sides: Sequence[Side]) -> Config:
+    """The configuration that stores no more than what is read of these sides at 4 bits."""
+    if not isinstance(target, AllocatesLayers):
+        return config
+    offered = target.layer_codecs()
+    table = codecs_of(config, offered.layers)
+    for layer, side in sides:
+        k, v = table[layer]
+        table[layer] = (offered.high, v) if side == "k" else (k, offered.high)
+    return with_layers(config, table)
 
 
 def codecs_of(config: Config, layers: Sequence[int]) -> dict[int, tuple[str, str]]:

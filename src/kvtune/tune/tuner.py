@@ -31,7 +31,7 @@ from kvtune.tune.outcome import Outcome, is_better_confirmed
 from kvtune.tune.pace import Pace
 from kvtune.tune.settings import Progress, ProgressEvent, TuneResult, TuneSettings
 from kvtune.tune.space import SearchSpace
-from kvtune.tune.squeeze import SQUEEZE_SHARE, PlaneProof, SqueezeProof
+from kvtune.tune.squeeze import SQUEEZE_SHARE, SqueezeProof, prove_planes
 from kvtune.tune.study import JOURNAL, Study, locked_folder
 from kvtune.tune.trial import TIE, Status, Trial
 from kvtune.workload import TokenRequest, split_by_session
@@ -424,11 +424,10 @@ class _Run:
         if confirmed is None:
             return SqueezeProof(planes={}, skipped="no configuration was confirmed")
         self._say("squeeze", "which low planes may go while memory is short")
-        proof = PlaneProof(
-            self._target, self._settings, search=self._evaluator.baseline.reference, gate=confirmation.gate,
-            pace=self._pace, rng=self._rng,
+        return prove_planes(
+            self._target, confirmed.config, self._settings, search=self._evaluator.baseline.reference,
+            gate=confirmation.gate, pace=self._pace, rng=self._rng,
         )  # fmt: skip
-        return proof.prove(confirmed.config)
 
     def _has_no_time(self) -> bool:
         """Whether one more candidate would break the budget."""
