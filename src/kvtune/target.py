@@ -144,7 +144,8 @@ class RunningTarget(Protocol):
     ) -> Sequence[Scores]:
         """Teacher-forced log-probabilities by chunked prefill through the cache, in item order.
 
-        `chunk`: tokens per step (None: as served). Prefix caching must not skip positions that are scored.
+        `chunk`: tokens per step (None: as served; 1: decode steps, of several items at once). Prefix
+        caching must not skip positions that are scored.
         """
         ...
 

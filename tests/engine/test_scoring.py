@@ -41,7 +41,7 @@ def _expected(reference, item: ScoreItem) -> np.ndarray:
     return torch.log_softmax(logits[len(item.prompt_token_ids) - 1 : -1], dim=-1).numpy()
 
 
-@pytest.mark.parametrize("chunk", [None, 7, 64])
+@pytest.mark.parametrize("chunk", [None, 1, 7, 64])
 def test_scores_are_the_models_own_log_probabilities(llama, make_engine, reference, chunk):
     engine = make_engine(llama, cache=FULL)
     items = _items()
@@ -174,15 +174,37 @@ def test_every_kernel_reads_mixed_codecs_and_first_blocks_as_the_reference_does(
     assert by_kernel < 0.1 * by_codec
 
 
+def test_decode_steps_take_one_token_of_each_item(llama, make_engine, monkeypatch):
+    """As many steps as the longest item has tokens to run, not one for every token of every item."""
+    engine = make_engine(llama, cache=FULL)
+    widths: list[int] = []
+    forward = engine._runner.forward
+
+    def counted(chunks, wanted):
+        assert all(chunk.num_tokens == 1 for chunk in chunks)
+        widths.append(len(chunks))
+        return forward(chunks, wanted)
+
+    monkeypatch.setattr(engine._runner, "forward", counted)
+    items = _items()
+    engine.score(items, num_top=211, chunk=1)
+    lengths = [len(item.prompt_token_ids) + len(item.continuation) - 1 for item in items]
+    assert len(widths) == max(lengths)
+    assert widths[0] == len(items)
+    assert widths[-1] == 1
+    assert sum(widths) == sum(lengths)
+
+
+@pytest.mark.parametrize("chunk", [1, 48])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_a_cache_too_small_for_all_items_at_once_still_scores_them(request, family, make_engine):
+def test_a_cache_too_small_for_all_items_at_once_still_scores_them(request, family, chunk, make_engine):
     loaded = request.getfixturevalue(family)
     items = _items(4)
     roomy = make_engine(loaded, cache=FULL).score(items, num_top=211, chunk=48)
     tight = make_engine(
         loaded, cache={**FULL, "kv_budget": 14 * 16384}, scheduler={"max_num_batched_tokens": 48}
     )
-    for one, other in zip(roomy, tight.score(items, num_top=211, chunk=48), strict=True):
+    for one, other in zip(roomy, tight.score(items, num_top=211, chunk=chunk), strict=True):
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
 
 

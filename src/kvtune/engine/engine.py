@@ -315,9 +315,10 @@ class Engine(Closing):
     def score(self, items: Sequence[ScoreItem], *, num_top: int, chunk: int | None = None) -> list[Scores]:
         """Teacher-forced log-probabilities of each item's continuation, through this engine's cache.
 
-        `chunk`: tokens per step (None: max_num_batched_tokens). The vocabulary is returned whole when it
-        has at most `num_top` tokens. Neither other requests nor the result see each other's blocks, and
-        no block stays behind; `stats` counts what was looked up and computed.
+        `chunk`: tokens per step (None: max_num_batched_tokens), or 1 for decode steps: one token of each of
+        a batch of items. The vocabulary is returned whole when it has at most `num_top` tokens. Neither
+        other requests nor the result see each other's blocks, and no block stays behind; `stats` counts
+        what was looked up and computed.
         """
         self._check_open()
         check_items(items, vocab_size=self.loaded.vocab_size, max_model_len=self.max_model_len)
