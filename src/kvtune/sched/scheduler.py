@@ -13,36 +13,28 @@ else runs.
 
 from __future__ import annotations
 
-import bisect
 import collections.abc
-from collections import Counter
 from collections.abc import Callable, Iterable
 
-from kvtune.cache import KVCacheManager, PrefixMatch
+from kvtune.cache import KVCacheManager
 from kvtune.config import SchedulerConfig
 from kvtune.errors import InvariantError, UsageError
-from kvtune.sched.admission import (
-    admission_reserve,
-    growth_reserve,
-    recompute_misses,
-    refuse_unfinishable,
-    refuse_unservable,
-)
+from kvtune.sched.admission import growth_reserve, refuse_unfinishable, refuse_unservable
+from kvtune.sched.admitting import Admitting
 from kvtune.sched.decode_run import DecodeRun, decode_run, perform
+from kvtune.sched.growth import Growth
 from kvtune.sched.lowering import Lowering, lowering_order
 from kvtune.sched.peak_admission import OutputLengths, PeakAdmission
-from kvtune.sched.preemption import choose_victims, victim_order
-from kvtune.sched.queue import WaitingQueue
 from kvtune.sched.records import SchedulerStats, SequenceUpdate
 from kvtune.sched.restores import PlaneRestores
+from kvtune.sched.running import RunningSequences
 from kvtune.sched.sequence import Sequence, SequenceView, Status
 from kvtune.sched.step import StepPlan
+from kvtune.sched.traffic import Traffic
 from kvtune.spec import PoolBudget
 from kvtune.types import (
-    Admission,
     BlockHash,
     FinishReason,
-    MissCause,
     Request,
     RequestId,
     RunnerOutput,
@@ -52,10 +44,6 @@ from kvtune.types import (
 )
 
 __all__ = ["Scheduler"]
-
-
-def _service_order(sequence: Sequence) -> tuple[int, float, int]:
-    return sequence.key
 
 
 class Scheduler:
@@ -76,21 +64,21 @@ class Scheduler:
     ) -> None:
         """`lengths`: where `admission = "peak"` takes its forecasts from; None learns them online."""
         self._manager = manager
-        self._config = config
         self._max_model_len = max_model_len
         self._eos_token_ids = eos_token_ids
         self._clock = clock
         self._sequences: dict[RequestId, Sequence] = {}
-        self._waiting = WaitingQueue()
-        self._running: list[Sequence] = []  # in service order
         self._finished: dict[RequestId, Sequence] = {}  # readable until the next schedule()
         self._pending: dict[RequestId, Sequence] = {}  # scheduled, update() not called yet
         self._num_submitted = 0
         self._num_steps = 0
-        self._counts: Counter[str] = Counter()
-        self._lowering = Lowering(manager)
         self._restores = PlaneRestores(manager)
         self._peak = PeakAdmission(manager, max_model_len=max_model_len, lengths=lengths)
+        self._running = RunningSequences(manager)
+        self._traffic = Traffic(manager, config, self._running, Lowering(manager), self._peak)
+        self._waiting, self._counts = self._traffic.waiting, self._traffic.counts
+        self._growth = Growth(self._traffic)
+        self._admitting = Admitting(self._traffic, self._restores, clock)
 
     # --- requests come and go
 
@@ -129,12 +117,12 @@ class Scheduler:
         sequence = Sequence(child, parent.prompt_token_ids, order=self._num_submitted)
         sequence.inherit(parent)
         self._register(sequence)
-        has_seat = len(self._running) < self._config.max_num_seqs
+        has_seat = len(self._running) < self._traffic.config.max_num_seqs
         if has_seat and parent.status is Status.RUNNING and parent_id not in self._pending:
             self._manager.fork(parent_id, child.request_id)
             parent.num_slots = 0
             sequence.start(self._clock(), num_computed_tokens=parent.num_computed_tokens)
-            self._run(sequence)
+            self._running.add(sequence)
         else:
             self._waiting.add(sequence)
         return sequence
@@ -150,7 +138,8 @@ class Scheduler:
         """End a live request for a reason the caller found (a stop string, an abort)."""
         sequence = self._live(request_id)
         if sequence.status is Status.RUNNING:
-            self._leave(sequence)
+            self._running.leave(sequence)
+            self._peak.left()
         else:
             self._waiting.remove(sequence)
         sequence.finish(reason, self._clock())
@@ -161,7 +150,7 @@ class Scheduler:
 
     def configure(self, config: SchedulerConfig) -> None:
         """New settings from the next step on; running requests above a lowered limit run on."""
-        self._config = config
+        self._traffic.config = config
 
     def set_budgets(self, budgets: Iterable[PoolBudget]) -> SchedulerOutput:
         """Other KV budgets from now on, between two steps. What they no longer pay for is given up at once:
@@ -177,14 +166,10 @@ class Scheduler:
         precision.set_budgets(budgets)
         precision.shed_idle()
         precision.lower_overspent(lowering_order(self._running, precision))
-        leaving = victim_order(
-            self._running, head=None, priority=None, max_preemptions=self._config.max_preemptions,
-            leaders=self._leaders(),
-        )  # fmt: skip
-        for victim in leaving:
+        for victim in self._growth.victims():
             if not precision.is_overspent:
                 break
-            self._preempt(step, victim)
+            self._growth.preempt(step, victim)
             precision.shed_idle()
         return step.output(self._num_steps, self._manager)
 
@@ -195,10 +180,10 @@ class Scheduler:
         if any(self._sequences.get(r) is s for r, s in self._pending.items()):
             raise InvariantError("schedule() was called again before update() of the step before")
         self._finished.clear()
-        step = StepPlan(budget=self._config.max_num_batched_tokens)
+        step = StepPlan(budget=self._traffic.config.max_num_batched_tokens)
         if self._manager.precision.can_lower:
             is_relieved = all(s.awaited is not None for s in self._waiting)
-            self._restores.begin(self._running, self._config, is_relieved=is_relieved)
+            self._restores.begin(self._running, self._traffic.config, is_relieved=is_relieved)
         decodes = [s for s in self._running if s.is_decoding]
         others = [s for s in self._running if not s.is_decoding] if len(decodes) < len(self._running) else []
         for sequence in decodes + others:
@@ -208,172 +193,14 @@ class Scheduler:
             if sequence.num_tokens <= sequence.num_slots and sequence.is_decoding:
                 step.add(sequence, 1, ())  # most decode steps: the block at hand has room
             else:
-                self._schedule_running(step, sequence)
+                self._growth.schedule(step, sequence)
         if not step.preempted:
-            self._admit_waiting(step)
+            self._admitting.admit_waiting(step)
         self._pending = {r: sequence for r, (sequence, _) in step.chunks.items()}
         if step.chunks:
             self._num_steps += 1
             self._counts["scheduled_tokens"] += sum(n for _, n in step.chunks.values())
         return step.output(self._num_steps, self._manager)
-
-    def _schedule_running(self, step: StepPlan, sequence: Sequence) -> None:
-        num_tokens = min(sequence.num_uncomputed_tokens, step.budget)
-        reserve = growth_reserve(self._config, sequence.request.priority)
-        if self._grow(step, sequence, num_tokens, reserve):
-            return
-        if sequence is self._running[0]:
-            self._grow_head(step, sequence, num_tokens)
-        # Anyone else who lacks room keeps its blocks and waits: the head advances meanwhile, and
-        # whoever can use those blocks at once takes them by preemption.
-
-    def _grow(self, step: StepPlan, sequence: Sequence, num_tokens: int, reserve: float) -> bool:
-        """Allocate, preempting others if that suffices; False when the sequence must not run."""
-        if self._take(step, sequence, num_tokens, reserve):
-            return True
-        head = self._running[0]
-        if sequence is not head and not sequence.is_decoding:
-            return False
-        ordered = victim_order(
-            self._running,
-            head=head,
-            priority=sequence.request.priority,
-            max_preemptions=self._config.max_preemptions,
-            leaders=self._leaders(),
-        )
-        victims = choose_victims(
-            sequence,
-            ordered,
-            lambda ids: self._manager.has_room(
-                sequence.request_id, sequence.num_computed_tokens + num_tokens, reserve=reserve, without=ids
-            ),
-        )
-        for victim in victims:
-            self._preempt(step, victim)
-        return bool(victims) and self._take(step, sequence, num_tokens, reserve)
-
-    def _grow_head(self, step: StepPlan, head: Sequence, num_tokens: int) -> None:
-        """The head always advances: without headroom, then with fewer tokens, then alone."""
-        while num_tokens > 0:
-            if self._grow(step, head, num_tokens, 0.0):
-                return
-            num_tokens //= 2
-        for other in self._running[1:]:
-            self._preempt(step, other)
-        if not self._take(step, head, 1, 0.0):
-            raise InvariantError(f"request {head.request_id!r} does not fit an empty cache")
-
-    def _take(self, step: StepPlan, sequence: Sequence, num_tokens: int, reserve: float) -> bool:
-        allocation = self._manager.allocate(
-            sequence.request_id, sequence.num_computed_tokens + num_tokens, reserve=reserve
-        )
-        if allocation is None and self._lowering.grow(sequence, num_tokens, self._running, reserve):
-            allocation = self._manager.allocate(
-                sequence.request_id, sequence.num_computed_tokens + num_tokens, reserve=reserve
-            )
-        if allocation is None:
-            return False
-        sequence.num_slots = self._manager.num_slots(sequence.request_id)
-        step.add(sequence, num_tokens, allocation.copies)
-        return True
-
-    def _preempt(self, step: StepPlan, sequence: Sequence) -> None:
-        step.drop(sequence)
-        self._leave(sequence)
-        sequence.preempt()
-        self._waiting.add(sequence)
-        step.preempted.append(sequence.request_id)
-        self._counts["preemptions"] += 1
-
-    def _admit_waiting(self, step: StepPlan) -> None:
-        for sequence in self._waiting:
-            if step.budget <= 0 or len(self._running) >= self._config.max_num_seqs:
-                return
-            if sequence.awaited is not None and self._manager.leader_of(sequence.awaited):
-                continue
-            match = self._match(sequence)
-            if match.leader is not None:
-                self._counts["waited_for_leader"] += sequence.awaited is None
-                sequence.awaited = match.awaited
-            elif not self._admit(step, sequence, match):
-                return  # whoever lacks room is not overtaken
-
-    def _leaders(self) -> set[RequestId | None]:
-        """Running requests that compute a prefix others wait for."""
-        return {self._manager.leader_of(s.awaited) for s in self._waiting if s.awaited is not None}
-
-    def _match(self, sequence: Sequence) -> PrefixMatch:
-        match = self._manager.match(
-            sequence.token_ids,
-            cache_salt=sequence.request.cache_salt,
-            block_hashes=sequence.block_hashes,
-        )
-        sequence.block_hashes = match.block_hashes
-        return match
-
-    def _admit(self, step: StepPlan, sequence: Sequence, match: PrefixMatch) -> bool:
-        num_tokens = min(sequence.num_tokens - match.num_tokens, step.budget)
-        if not self._peak_allows(sequence, match):
-            return False
-        reserve = admission_reserve(self._config, sequence.request.priority)
-        gate: int | None = sequence.num_tokens
-        allocation, lowered = None, None
-        while allocation is None:
-            allocation = self._manager.allocate(
-                sequence.request_id,
-                match.num_tokens + num_tokens,
-                match=match,
-                reserve=reserve,
-                gate_tokens=gate,
-            )
-            if allocation is not None:
-                break
-            lowered = self._lowering.admit(
-                sequence, num_tokens, self._running, reserve, found=match, match=self._match
-            )
-            if lowered is not None:
-                match, allocation = lowered
-                break
-            if self._running:
-                return False
-            if not num_tokens:
-                raise InvariantError(f"request {sequence.request_id!r} does not fit an empty cache")
-            # Nothing else runs: no reserve, then smaller chunks until one fits.
-            num_tokens = num_tokens if gate is not None else num_tokens // 2
-            reserve, gate = 0.0, None
-        self._waiting.remove(sequence)
-        self._record_admission(step, sequence, match)
-        sequence.start(self._clock(), num_computed_tokens=match.num_tokens)
-        self._run(sequence)
-        if lowered is None and self._restores.await_planes(sequence):
-            return True  # its blocks are pinned; it starts when their planes are back
-        num_tokens = min(num_tokens, sequence.num_uncomputed_tokens)
-        if num_tokens:
-            step.add(sequence, num_tokens, allocation.copies)
-        return True
-
-    def _peak_allows(self, sequence: Sequence, match: PrefixMatch) -> bool:
-        if self._config.admission != "peak":
-            return True
-        return self._peak.admits(sequence, match, self._running, self._config)
-
-    def _record_admission(self, step: StepPlan, sequence: Sequence, match: PrefixMatch) -> None:
-        is_resumed = sequence.num_preemptions > 0
-        misses = recompute_misses(sequence, match.misses, match.num_tokens)
-        step.admitted.append(
-            Admission(
-                request_id=sequence.request_id,
-                num_cached_tokens=match.num_tokens,
-                misses=misses,
-                is_resumed=is_resumed,
-            )
-        )
-        if not is_resumed:
-            sequence.num_cached_tokens = match.num_tokens
-            sequence.misses = misses
-        self._counts["admitted"] += 1
-        self._counts["resumed"] += is_resumed
-        self._counts["recomputed_tokens"] += misses.get(MissCause.PREEMPTED, 0)
 
     def update(self, output: SchedulerOutput, result: RunnerOutput) -> tuple[SequenceUpdate, ...]:
         """Take a step's result: advance, publish, append sampled tokens, end what is done.
@@ -404,10 +231,10 @@ class Scheduler:
 
         For callers that know what is sampled, and that nobody forks, aborts or reconfigures meanwhile.
         """
-        running, config = self._running, self._config
+        running, config = self._running, self._traffic.config
         if not self._manager.precision.is_nominal:
             return None  # planes may come back
-        if not running or len(running) > config.max_num_batched_tokens:
+        if not len(running) or len(running) > config.max_num_batched_tokens:
             return None
         if len(self._waiting) and len(running) < config.max_num_seqs:
             return None  # somebody may be admitted
@@ -424,10 +251,10 @@ class Scheduler:
         tokens[i] int32 [len(end_s)]: what sequence i of the run samples; `end_s` [s]: when each step ends.
         One update for each request that ended, in the order of the run.
         """
-        if not 1 <= len(end_s) <= run.num_steps or self._running != list(run.sequences):
+        if not 1 <= len(end_s) <= run.num_steps or self._running[:] != list(run.sequences):
             raise InvariantError("this run of steps is not the one that lies ahead")
         self._finished.clear()
-        reserves = [growth_reserve(self._config, s.request.priority) for s in run.sequences]
+        reserves = [growth_reserve(self._traffic.config, s.request.priority) for s in run.sequences]
         perform(run, self._manager, tokens=tokens, end_s=end_s, reserves=reserves)
         self._num_steps += len(end_s)
         self._counts["scheduled_tokens"] += len(end_s) * len(run.sequences)
@@ -500,11 +327,3 @@ class Scheduler:
     def _refuse_known(self, request_id: RequestId) -> None:
         if request_id in self._sequences:
             raise UsageError(f"request id {request_id!r} is in use; give every request its own")
-
-    def _run(self, sequence: Sequence) -> None:
-        bisect.insort(self._running, sequence, key=_service_order)
-
-    def _leave(self, sequence: Sequence) -> None:
-        self._running.remove(sequence)
-        self._peak.left()
-        self._manager.free(sequence.request_id)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from kvtune.cache import KVCacheManager
+from kvtune.config import SchedulerConfig
+from kvtune.sched.budget import chunk_of
 from kvtune.sched.sequence import Sequence
 from kvtune.types import Admission, BlockCopy, RequestId, ScheduledChunk, SchedulerOutput
 
@@ -19,6 +21,7 @@ class StepPlan:
     """Sequences with the tokens each runs, and the records the step leaves."""
 
     budget: int
+    num_decodes: int = 0
     chunks: _Chunks = field(default_factory=_Chunks)
     copies: _Copies = field(default_factory=_Copies)
     admitted: list[Admission] = field(default_factory=list[Admission])
@@ -27,8 +30,14 @@ class StepPlan:
     def add(self, sequence: Sequence, num_tokens: int, copies: tuple[BlockCopy, ...]) -> None:
         self.chunks[sequence.request_id] = (sequence, num_tokens)
         self.budget -= num_tokens
+        if num_tokens < sequence.num_uncomputed_tokens:
+            self.budget = 0  # the last of the step
         if copies:
             self.copies[sequence.request_id] = copies
+
+    def chunk(self, num_uncomputed: int, config: SchedulerConfig) -> int:
+        """Tokens the next sequence may compute in this step; 0: neither it nor anyone behind it."""
+        return chunk_of(config, num_uncomputed, self.budget, num_decodes=self.num_decodes)
 
     def drop(self, sequence: Sequence) -> None:
         """Take a sequence out again: it was preempted after it had been scheduled."""
