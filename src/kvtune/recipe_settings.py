@@ -83,6 +83,12 @@ def check_settings(body: Mapping[str, Any], source: str) -> None:
                     f"{source} contradicts itself: configuration.knobs.{knob} is {short(value)}, "
                     f"configuration.{name}.{knob} is {short(served)}"
                 )
+    proof, planes = body["quality"].get("squeeze"), judged["squeeze_planes"]
+    if proof is not None and (not isinstance(proof, dict) or cast("Any", proof).get("planes") != planes):
+        raise InputFileError(
+            f"{source} contradicts itself: configuration.cache.squeeze_planes is {short(planes)}, "
+            f"quality.squeeze judged others: {short(proof)}"
+        )
 
 
 def check_foreign(configuration: Mapping[str, Any], source: str) -> None:

@@ -24,6 +24,7 @@ from typing import Any, Final, cast
 from kvtune.errors import UsageError
 from kvtune.printable import one_line
 from kvtune.recipe import Recipe, codec_constants_sha256
+from kvtune.spec import codec_storage
 
 __all__ = ["VALID_DAYS", "Fact", "accepted", "age_fact", "engine_standing", "hardware_standing",
            "model_standing", "recipe_standing", "used_codecs", "verdict_of"]  # fmt: skip
@@ -91,6 +92,24 @@ def recipe_standing(recipe: Recipe) -> list[Fact]:
         why="" if verdict == "PASS" else "only a PASS is proven; run `kvtune tune` again",
     )  # fmt: skip
     if fact.verdict == "same" and proven is False:
+        fact = replace(fact, verdict="noted", why="on synthetic text, so nothing is proven about answers")
+    return [fact, *_squeeze(recipe)]
+
+
+def _squeeze(recipe: Recipe) -> list[Fact]:
+    """Whether the low planes that may go were judged with all of them gone."""
+    if recipe.engine["name"] != "kvtune" or not recipe.cache_config().squeeze_planes:
+        return []
+    name, proof = "recipe.squeeze", _member(recipe.quality, "squeeze")
+    if not proof:
+        why = "nothing says that low planes may go; run `kvtune tune --squeeze` again"
+        return [Fact(name=name, proven="not recorded", found="", verdict="unclear", why=why)]
+    verdict = _shown(proof.get("verdict"))
+    fact = Fact(name=name, proven="PASS", found=verdict, verdict="same")
+    if verdict != "PASS":
+        why = "only a PASS is proven; run `kvtune tune --squeeze` again"
+        return [replace(fact, verdict="changed", why=why)]
+    if proof.get("proven") is False:
         fact = replace(fact, verdict="noted", why="on synthetic text, so nothing is proven about answers")
     return [fact]
 
@@ -252,14 +271,15 @@ def _attention(recipe: Recipe, now: Mapping[str, Any]) -> Fact:
     then, here = (_member(side, "behaviour", "attention") for side in (recipe.engine, now))
     worst, worst_codec = 0.0, ""
     for codec in used_codecs(recipe):
-        for key in (codec, f"{codec}, 1 plane"):
-            if key in here:
-                distance = _distance(then.get(key), here[key])
-                if distance is None:
-                    return Fact(name=name, proven="not recorded", found="", verdict="unclear",
-                                why="the recipe does not record it; run `kvtune tune` again")  # fmt: skip
-                if distance > worst:
-                    worst, worst_codec = distance, key
+        for key in (codec, f"{codec}, 1 plane") if codec_storage(codec).low_bits else (codec,):
+            if key not in here:
+                return Fact(name=name, proven="recorded", found=f"none over {key}", verdict="changed")
+            distance = _distance(then.get(key), here[key])
+            if distance is None:
+                return Fact(name=name, proven="not recorded", found="", verdict="unclear",
+                            why="the recipe does not record it; run `kvtune tune` again")  # fmt: skip
+            if distance > worst:
+                worst, worst_codec = distance, key
     if not worst:
         return Fact(name=name, proven="recorded", found="equal", verdict="same")
     verdict = "noted" if worst <= _ROUNDING else "changed"

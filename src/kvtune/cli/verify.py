@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kvtune.standing import Fact
     from kvtune.workload import Shift
 
-__all__ = ["verify"]
+__all__ = ["check_layers", "model_folder", "verify"]
 
 CANNOT_TELL = 3
 """Exit code where what it takes to look is not installed here."""
@@ -65,7 +65,7 @@ def verify(
     start_s = time.monotonic()
     path = _one_recipe(recipe, recipe_option)
     found = Recipe.load(path)
-    folder = _folder(found, model)
+    folder = model_folder(found, model)
     facts = [*recipe_standing(found), *_installed(found, folder, vllm_python)]
     if load:
         facts.append(_fingerprint(found, path, folder, facts))
@@ -96,8 +96,10 @@ def _one_recipe(argument: Path | None, option: Path | None) -> Path:
     return argument or option or Path()
 
 
-def _folder(recipe: Recipe, model: Path | None) -> Path:
-    folder = model or Path(str(recipe.model.get("path", "")))
+def model_folder(recipe: Recipe, model: Path | None) -> Path:
+    """The folder asked for, else the recipe's own; UsageError if it is not here."""
+    named = str(recipe.model.get("path") or "no folder recorded")
+    folder = model or Path(named)
     try:
         is_here = folder.is_dir()
     except (OSError, ValueError):  # a name too long, or with a NUL
@@ -119,7 +121,7 @@ def _installed(recipe: Recipe, folder: Path, vllm_python: Path | None) -> list[F
     hardware: Mapping[str, Any] = read_host().to_dict()
     try:
         if name == "kvtune":
-            _check_layers(recipe, folder)
+            check_layers(recipe, folder)
             engine, hardware = _own_engine(recipe)
         elif name == "vllm":
             engine = _vllm(recipe, folder, vllm_python)
@@ -136,7 +138,7 @@ def _installed(recipe: Recipe, folder: Path, vllm_python: Path | None) -> list[F
     ]  # fmt: skip
 
 
-def _check_layers(recipe: Recipe, folder: Path) -> None:
+def check_layers(recipe: Recipe, folder: Path) -> None:
     """InputFileError where the recipe sets a layer that the model does not have."""
     from kvtune.errors import InputFileError
     from kvtune.model_folder import read_config

@@ -286,7 +286,7 @@ class Outcome:
                 self._served(), kv_budget_bytes=self.kv_budget_bytes or None, engine=self.settings.engine
             ),
             baseline={"configuration": dict(self.baseline_config), "metrics": record["baseline"]["metrics"]},
-            evidence=self._evidence(record), quality=record["quality"], fallback=record["fallback"],
+            evidence=self._evidence(record), quality=self._proof(record), fallback=record["fallback"],
             created_at=self.settings.created_at,
             provenance={"kvtune_version": record["kvtune_version"], "seed": self.settings.seed,
                         "budget_s": self.settings.budget_s, "command": self.settings.command,
@@ -299,6 +299,13 @@ class Outcome:
         """The winner's settings, and the low planes that may go."""
         planes = {} if self.squeeze is None else as_json(self.squeeze.planes)
         return {**self.winner_config, **({"squeeze_planes": planes} if planes else {})}
+
+    def _proof(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """The verdict on what is served, and beside it the one on reading without the planes that may go."""
+        found = record["squeeze"]
+        if found is None or not found["planes"]:
+            return record["quality"]
+        return {**record["quality"], "squeeze": {"planes": found["planes"], **found["quality"]}}
 
     def _evidence(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Every measured figure with its n and interval, and where it comes from."""
