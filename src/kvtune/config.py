@@ -226,8 +226,15 @@ class SchedulerConfig(_Settings):
 
     max_num_seqs: int = _knob(64, "sequences running at once", low=1, high=65536, hot=True)
     max_num_batched_tokens: int = _knob(
-        512, "tokens computed per step", unit="tokens", low=1, high=1 << 20, hot=True
+        4096, "tokens computed per step", unit="tokens", low=1, high=1 << 20, hot=True
     )
+    max_prefill_chunk: int = _knob(
+        512, "prompt tokens of one request computed per step", unit="tokens", low=1, high=1 << 20, hot=True
+    )
+    max_prefill_beside_decodes: int = _knob(
+        128, "prompt tokens computed in a step in which others decode: fewer keep inter-token latency "
+        "steady, more prefill faster", unit="tokens", low=1, high=1 << 20, hot=True,
+    )  # fmt: skip
     watermark: float = _knob(0.05, "share of blocks kept free at admission", low=0.0, high=0.9, hot=True)
     admission: str = _knob("watermark", "watermark | peak (also by the expected peak of the batch)", hot=True)
     admission_z: float = _knob(
@@ -246,6 +253,11 @@ class SchedulerConfig(_Settings):
         _check_range(self)
         if self.admission not in ("watermark", "peak"):
             raise UsageError(f"admission must be watermark or peak, found {self.admission!r}")
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of one sequence computed per step at most."""
+        return min(self.max_prefill_chunk, self.max_num_batched_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -118,7 +118,7 @@ def test_our_pool_references_the_allocator_bytes_at_its_peak_and_keeps_what_left
     chunk = 128
     num_tokens = WINDOW - 2 + 11 * chunk
     cache = CacheConfig(kv_budget="256MiB", k_codec=k, v_codec=v, block_size=BLOCK)
-    arenas_plan = plan_arenas(spec, cache, max_model_len=2048, max_num_seqs=1, max_num_batched_tokens=chunk)
+    arenas_plan = plan_arenas(spec, cache, max_model_len=2048, max_num_seqs=1, chunk=chunk)
     arenas = allocate_arenas(arenas_plan, cache)
     manager = cache_manager(arenas_plan, cache, fingerprint=b"")
     model = AllocatorModel(spec, KVFormat.of(k, v), "kvtune", Paging(block_size=BLOCK, chunk=chunk))

@@ -98,7 +98,7 @@ class Engine(Closing):
         self._clock = clock
         self._plan = plan_arenas(
             loaded.spec, cache, max_model_len=self.max_model_len, max_num_seqs=scheduler.max_num_seqs,
-            max_num_batched_tokens=scheduler.max_num_batched_tokens,
+            chunk=scheduler.chunk,
         )  # fmt: skip
         centres = key_centres(loaded, cache, max_model_len=self.max_model_len)
         self.key_centres_sha256 = centres_sha256(centres)
@@ -315,14 +315,15 @@ class Engine(Closing):
     def score(self, items: Sequence[ScoreItem], *, num_top: int, chunk: int | None = None) -> list[Scores]:
         """Teacher-forced log-probabilities of each item's continuation, through this engine's cache.
 
-        `chunk`: tokens per step (None: max_num_batched_tokens), or 1 for decode steps: one token of each of
-        a batch of items. The vocabulary is returned whole when it has at most `num_top` tokens. Neither
-        other requests nor the result see each other's blocks, and no block stays behind; `stats` counts
-        what was looked up and computed.
+        `chunk`: tokens per step, no more than a request's prefill may take (None: those), or 1 for decode
+        steps: one token of each of a batch of items. The vocabulary is returned whole when it has at most
+        `num_top` tokens. Neither other requests nor the result see each other's blocks, and no block stays
+        behind; `stats` counts what was looked up and computed.
         """
         self._check_open()
         check_items(items, vocab_size=self.loaded.vocab_size, max_model_len=self.max_model_len)
-        chunk = self._scheduler_config.max_num_batched_tokens if chunk is None else chunk
+        most = self._scheduler_config.chunk
+        chunk = most if chunk is None else min(chunk, most)
         return self._scorer.score(items, num_top=num_top, chunk=chunk)
 
     # --- telling and ending
@@ -380,7 +381,7 @@ class Engine(Closing):
                 "with; start it with more"
             )
         budgets = self._plan.budgets_for(
-            size, max_model_len=self.max_model_len, chunk=self._scheduler_config.max_num_batched_tokens
+            size, max_model_len=self.max_model_len, chunk=self._scheduler_config.chunk
         )
         output = self._scheduler.set_budgets(budgets)
         self._move_planes(output)

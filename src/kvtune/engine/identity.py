@@ -63,7 +63,7 @@ def _sized(cache: CacheConfig, scheduler: SchedulerConfig) -> tuple[KVFormat, st
     kv = KVFormat(k=codec_storage(cache.k_codec), v=codec_storage(cache.v_codec), overrides=overrides)
     paging = Paging(
         block_size=cache.block_size,
-        chunk=scheduler.max_num_batched_tokens,
+        chunk=scheduler.chunk,
         first_block_codec=FIRST_BLOCK_CODEC if cache.first_block_16bit else None,
     )
     return kv, "kvtune", paging

@@ -100,7 +100,7 @@ class EngineTarget:
             Knob(name="max_num_seqs", values=_with((4, 8, 16, 32, 64), base_scheduler.max_num_seqs),
                  baseline=base_scheduler.max_num_seqs),
             Knob(name="max_num_batched_tokens",
-                 values=_with((128, 256, 512, 1024), base_scheduler.max_num_batched_tokens),
+                 values=_with((256, 512, 1024, 2048), base_scheduler.max_num_batched_tokens),
                  baseline=base_scheduler.max_num_batched_tokens),
         )  # fmt: skip
 

@@ -92,10 +92,13 @@ class PlanRequest:
 
     @property
     def step_tokens(self) -> int:
-        """Tokens computed in one step at most."""
-        if self.max_num_batched_tokens is not None:
-            return self.max_num_batched_tokens
-        return SchedulerConfig().max_num_batched_tokens if self.engine == "kvtune" else _CHUNK
+        """Tokens of one sequence computed in one step at most."""
+        if self.engine == "kvtune":
+            given = self.max_num_batched_tokens
+            return (
+                SchedulerConfig() if given is None else SchedulerConfig(max_num_batched_tokens=given)
+            ).chunk
+        return self.max_num_batched_tokens or _CHUNK
 
 
 def contexts_from_text(text: str) -> tuple[int, ...]:

@@ -50,7 +50,10 @@ class Admitting:
         return match
 
     def _admit(self, step: StepPlan, sequence: Sequence, match: PrefixMatch) -> bool:
-        num_tokens, config = min(sequence.num_tokens - match.num_tokens, step.budget), self._traffic.config
+        config = self._traffic.config
+        num_tokens = step.chunk(sequence.num_tokens - match.num_tokens, config)
+        if not num_tokens:
+            return False
         peak, lowering = self._traffic.peak, self._traffic.lowering
         if config.admission == "peak" and not peak.admits(sequence, match, self._running, config):
             return False

@@ -23,7 +23,10 @@ class Growth:
 
     def schedule(self, step: StepPlan, sequence: Sequence) -> None:
         """The next tokens of a running request, if there is or can be made room for them."""
-        num_tokens = min(sequence.num_uncomputed_tokens, step.budget)
+        num_tokens = step.chunk(sequence.num_uncomputed_tokens, self._traffic.config)
+        if not num_tokens:
+            step.budget = 0  # nobody behind it goes first
+            return
         reserve = growth_reserve(self._traffic.config, sequence.request.priority)
         if self._grow(step, sequence, num_tokens, reserve):
             return

@@ -186,14 +186,9 @@ class Scheduler:
             self._restores.begin(self._running, self._traffic.config, is_relieved=is_relieved)
         decodes = [s for s in self._running if s.is_decoding]
         others = [s for s in self._running if not s.is_decoding] if len(decodes) < len(self._running) else []
-        for sequence in decodes + others:
-            is_runnable = sequence.status is Status.RUNNING and not sequence.awaits_planes
-            if not is_runnable or step.budget <= 0:
-                continue
-            if sequence.num_tokens <= sequence.num_slots and sequence.is_decoding:
-                step.add(sequence, 1, ())  # most decode steps: the block at hand has room
-            else:
-                self._growth.schedule(step, sequence)
+        self._schedule_running(step, decodes)
+        step.begin_prefills(self._traffic.config)
+        self._schedule_running(step, others)
         if not step.preempted:
             self._admitting.admit_waiting(step)
         self._pending = {r: sequence for r, (sequence, _) in step.chunks.items()}
@@ -201,6 +196,16 @@ class Scheduler:
             self._num_steps += 1
             self._counts["scheduled_tokens"] += sum(n for _, n in step.chunks.values())
         return step.output(self._num_steps, self._manager)
+
+    def _schedule_running(self, step: StepPlan, running: list[Sequence]) -> None:
+        for sequence in running:
+            is_runnable = sequence.status is Status.RUNNING and not sequence.awaits_planes
+            if not is_runnable or step.budget <= 0:
+                continue
+            if sequence.num_tokens <= sequence.num_slots and sequence.is_decoding:
+                step.add(sequence, 1, ())  # most decode steps: the block at hand has room
+            else:
+                self._growth.schedule(step, sequence)
 
     def update(self, output: SchedulerOutput, result: RunnerOutput) -> tuple[SequenceUpdate, ...]:
         """Take a step's result: advance, publish, append sampled tokens, end what is done.

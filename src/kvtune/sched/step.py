@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from kvtune.cache import KVCacheManager
 from kvtune.config import SchedulerConfig
-from kvtune.sched.budget import chunk_of
+from kvtune.sched.budget import chunk_of, prefill_budget
 from kvtune.sched.sequence import Sequence
 from kvtune.types import Admission, BlockCopy, RequestId, ScheduledChunk, SchedulerOutput
 
@@ -34,6 +34,11 @@ class StepPlan:
             self.budget = 0  # the last of the step
         if copies:
             self.copies[sequence.request_id] = copies
+
+    def begin_prefills(self, config: SchedulerConfig) -> None:
+        """All decodes of the step are in."""
+        self.num_decodes = len(self.chunks)
+        self.budget = prefill_budget(config, self.budget, num_decodes=self.num_decodes)
 
     def chunk(self, num_uncomputed: int, config: SchedulerConfig) -> int:
         """Tokens the next sequence may compute in this step; 0: neither it nor anyone behind it."""

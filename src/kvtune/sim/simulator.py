@@ -107,7 +107,7 @@ class Simulation:
     ) -> None:
         plan = plan_arenas(
             spec, cache, max_model_len=max_model_len, max_num_seqs=scheduler.max_num_seqs,
-            max_num_batched_tokens=scheduler.max_num_batched_tokens,
+            chunk=scheduler.chunk,
         )  # fmt: skip
         self.manager: KVCacheManager = cache_manager(plan, cache, fingerprint=fingerprint)
         self.scheduler = Scheduler(self.manager, scheduler, max_model_len=max_model_len, clock=self._clock)

@@ -97,10 +97,10 @@ class ArenaPlan:
 
 
 def plan_arenas(
-    spec: ModelSpec, cache: CacheConfig, *, max_model_len: int, max_num_seqs: int, max_num_batched_tokens: int
+    spec: ModelSpec, cache: CacheConfig, *, max_model_len: int, max_num_seqs: int, chunk: int
 ) -> ArenaPlan:
     """Spend the KV budget on blocks. UsageError for an unknown codec or layer and for a budget that
-    cannot hold one block of each group."""
+    cannot hold one block of each group. `chunk`: tokens of one sequence computed per step at most."""
     _check_codecs(spec, cache)
     groups = spec.kv_groups()
     block = tuple(group_block_bytes(g, cache.codecs_of, cache.block_size) for g in groups)
@@ -116,7 +116,7 @@ def plan_arenas(
         if budget < sum(block):
             raise UsageError(f"KV budget {cache.kv_budget} cannot hold a 16-bit first block and one more")
     num_blocks = split_budget(
-        groups, block, budget, max_model_len=max_model_len, chunk=max_num_batched_tokens,
+        groups, block, budget, max_model_len=max_model_len, chunk=chunk,
         block_size=cache.block_size,
     )  # fmt: skip
     return ArenaPlan(
