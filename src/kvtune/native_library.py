@@ -29,9 +29,9 @@ def open_library(
     tells by `abi_symbol`; `what` names it in messages, in the singular if `is_one`."""
     try:
         library = loader(str(path))
-    except OSError as error:
+        found = int(getattr(library, abi_symbol)())
+    except (OSError, AttributeError) as error:  # not a library, or another one
         raise HostError(f"{what} {path} {'does' if is_one else 'do'} not load: {error}") from None
-    found = int(getattr(library, abi_symbol)())
     if found != abi_version:
         speak = "speaks" if is_one else "speak"
         raise HostError(f"{what} {path} {speak} ABI {found}, this kvtune needs {abi_version}: rebuild")

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import platform
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvtune.cli.screen import say
+from kvtune.errors import HostError
+from kvtune.printable import one_line
 
 if TYPE_CHECKING:
     from kvtune.host import Host
@@ -31,6 +34,7 @@ _PACKAGES = (
 """(what, module, extra that brings it, needed to run kvtune's own engine)."""
 
 LOW_DISK_BYTES = 2 << 30
+_BUILD = "pip install --force-reinstall --no-binary kvtune kvtune  (needs a C++17 compiler)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +52,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
     from kvtune.host import read_host
 
     host = read_host()
-    findings = [*_machine(host), *_packages(), _kernel(), _vllm()]
+    findings = [*_machine(host), *_packages(), *_libraries(), _vllm()]
     can_run = all(finding.status != "missing" for finding in findings)
     if as_json:
         from kvtune._version import __version__
@@ -134,21 +138,55 @@ def _version(distribution: str) -> str:
         return "installed, version unknown"
 
 
+def _libraries() -> list[Finding]:
+    """Every native library: whether it is here and loads, and what is lost without it."""
+    from kvtune.cache import native, replay_native
+
+    has_torch = importlib.util.find_spec("torch") is not None
+    return [
+        *((_kernel(), _layers()) if has_torch else map(_without_torch, ("kernel", "engine layers"))),
+        _library("cache pools", native.library_path(), native.CacheLibrary,
+                 "pools of blocks run in Python, and each step takes longer the more requests run"),
+        _library("replay", replay_native.library_path(), replay_native.NativeCore,
+                 "kvtune simulate replays traces in Python, many times slower"),
+    ]  # fmt: skip
+
+
+def _without_torch(name: str) -> Finding:
+    return Finding(
+        name=name, status="note", found="unknown without torch", fix="pip install 'kvtune[engine]'"
+    )
+
+
 def _kernel() -> Finding:
     """Which attention kernel would run, and why not the native one."""
-    if importlib.util.find_spec("torch") is None:
-        return Finding(name="kernel", status="note", found="unknown without torch")
     from kvtune.kernels import choose_backend
 
     backend = choose_backend()
-    is_native = backend.name == "native"
-    fix = "pip install --force-reinstall --no-binary kvtune kvtune  (needs a C++17 compiler)"
-    return Finding(
-        name="kernel",
-        status="ok" if is_native else "note",
-        found=str(backend.reason),
-        fix=None if is_native else fix,
-    )
+    if backend.name == "native":
+        return Finding(name="kernel", status="ok", found=str(backend.reason))
+    found = f"{backend.reason}; attention unpacks blocks before it reads them, many times slower"
+    return Finding(name="kernel", status="note", found=found, fix=_BUILD)
+
+
+def _layers() -> Finding:
+    from kvtune.engine import layer_ops
+
+    return _library(
+        "engine layers", layer_ops.library_path(), layer_ops.NativeLayerOps,
+        "norms, rotary embedding and gates are passes of torch each, and short steps take longer",
+    )  # fmt: skip
+
+
+def _library(name: str, path: Path | None, load: Callable[[Path], object], lost: str) -> Finding:
+    """One that was not built costs time alone; one that is here and does not load stops whoever wants it."""
+    if path is None:
+        return Finding(name=name, status="note", found=f"not built: {lost}", fix=_BUILD)
+    try:
+        load(path)
+    except HostError as error:
+        return Finding(name=name, status="missing", found=one_line(str(error), 300), fix=_BUILD)
+    return Finding(name=name, status="ok", found=f"native: {path}")
 
 
 def _vllm() -> Finding:
