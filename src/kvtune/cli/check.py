@@ -47,7 +47,7 @@ def check(
     Where the recipe lets low planes go under memory pressure, reading without all of them is judged too.
     """
     from kvtune.cli.gate_questions import gate_questions
-    from kvtune.cli.tune import materialised, open_target, read_workload
+    from kvtune.cli.tune_input import materialised, open_target, read_workload
     from kvtune.cli.verify import check_layers, model_folder
     from kvtune.quality import margin_named
     from kvtune.recipe import Recipe
@@ -89,7 +89,7 @@ def _judged(
     """The verdict on what the recipe serves, and, where it lets low planes go, on reading without them."""
     import numpy as np
 
-    from kvtune.cli.tune import VLLM_TOP
+    from kvtune.cli.tune_input import VLLM_TOP
     from kvtune.quality import ReplaySettings, ask_baseline, judge_candidate, record_reference
     from kvtune.target import ReadsPlanes
     from kvtune.tune import SearchSpace, choose_for_quality
