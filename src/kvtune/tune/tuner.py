@@ -14,7 +14,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from kvtune.tune.ablation import Ablation
 from kvtune.tune.confirmation import Confirmation, Confirmed, candidate_s, reserve_s
 from kvtune.tune.evaluation import Evaluator, may_pass, plain
 from kvtune.tune.evidence import evidence_record
+from kvtune.tune.known import Known, bisecting
 from kvtune.tune.layer_search import LayerSearch, LayerSearchResult, kl_of, layer_record
 from kvtune.tune.outcome import Outcome, is_better_confirmed
 from kvtune.tune.pace import Pace
@@ -33,12 +34,10 @@ from kvtune.tune.settings import Progress, ProgressEvent, TuneResult, TuneSettin
 from kvtune.tune.space import SearchSpace
 from kvtune.tune.squeeze import SQUEEZE_SHARE, SqueezeProof, prove_planes
 from kvtune.tune.study import JOURNAL, Study, locked_folder
-from kvtune.tune.trial import TIE, Status, Trial
+from kvtune.tune.trial import Status, Trial
 from kvtune.workload import TokenRequest, split_by_session
 
 __all__ = ["run"]
-
-T = TypeVar("T")
 
 OUTPUTS = ("result.json", "recipe.json", "trials.jsonl", "confirmation.jsonl", "report.html", "report.md")
 LADDER_SHARE = 0.5
@@ -89,10 +88,7 @@ class _Run:
         )
         self._space = SearchSpace(target.knobs())
         self._evaluator = Evaluator(target, self._space, settings, pace=self._pace, rng=rng)
-        self._trials: list[Trial] = []
-        self._seen: set[str] = set()
-        self._ladder = self._space.ladder(target, context=settings.context)
-        self._rungs = {self._space.label(config) for _, config in self._ladder}
+        self._known = Known(target, self._space, self._evaluator, context=settings.context)
 
     # -- the journey
 
@@ -106,22 +102,22 @@ class _Run:
             for name in OUTPUTS:
                 (self._folder / name).unlink(missing_ok=True)
         for trial in study.trials():
-            self._remember(trial)
-        self._evaluator.recall(self._trials)
+            self._known.remember(trial)
+        self._evaluator.recall(self._known.trials)
         try:
             self._say("baseline", "measuring the baseline")
             self._evaluator.measure_baseline(self._search_half)
         except KeyboardInterrupt:
             raise
         except BaseException:
-            if not self._trials:  # nothing to resume: leave nothing behind
+            if not self._known.trials:  # nothing to resume: leave nothing behind
                 (self._folder / JOURNAL).unlink(missing_ok=True)
             raise
         stop_reason = self._search(study)
         layers = self._search_layers(study)
         self._probe_frontier()
-        candidates = self._candidates()
-        ablation = Ablation(self._evaluator, self._space, self._trials, pace=self._pace)
+        candidates = self._known.candidates()
+        ablation = Ablation(self._evaluator, self._space, self._known.trials, pace=self._pace)
         with self._pace.holding(ablation.cost_s(candidates[0].config) if candidates else 0.0):
             with self._pace.holding(self._squeeze_s()):
                 confirmation = self._confirmation(len(candidates))
@@ -138,8 +134,8 @@ class _Run:
             target=self._target, settings=self._settings, identity=identity, requests=self._requests,
             search=self._evaluator.baseline, baseline_config=self._space.baseline,
             baseline_reports=confirmation.baseline_reports, aa=confirmation.aa_ratios(),
-            confirmed=confirmed, rejected=rejected, trials=self._trials, squeeze=squeeze,
-            failing_step=self._failing_step(confirmed, rejected), stop_reason=stop_reason,
+            confirmed=confirmed, rejected=rejected, trials=self._known.trials, squeeze=squeeze,
+            failing_step=self._known.failing_step(confirmed, rejected), stop_reason=stop_reason,
             elapsed_s=round(self._pace.elapsed_s, 2), recipe_path=str(self._folder / "recipe.json"),
             split={"num_requests": len(self._requests), "num_search": len(self._search_half),
                    "num_confirm": len(self._confirm_half)},
@@ -168,9 +164,9 @@ class _Run:
 
     def _search(self, study: Study) -> str:
         """Trials until the budget, the space or the patience ends; returns which."""
-        if not self._trials:
+        if not self._known.trials:
             study.enqueue(self._space.baseline)
-            for config in _bisecting([c for _, c in self._ladder if self._space.is_lossy(c)]):
+            for config in bisecting([c for _, c in self._known.ladder if self._space.is_lossy(c)]):
                 study.enqueue(config)
         idle = 0
         while True:
@@ -183,32 +179,31 @@ class _Run:
                 self._write_trials()
                 return "every configuration that could still win was tried"
             number, config = proposal
-            before = self._best()
+            before = self._known.best()
             self._say("search", f"trial {number}: {_brief(config)}")
             trial = self._one_trial(number, config, before)
             study.tell(trial, value=self._sampled_value(trial))
-            self._remember(trial)
+            self._known.remember(trial)
             if trial.status is not Status.PRUNED:
                 self._write_trials()
-                idle = 0 if self._best() is not before else idle + 1
+                idle = 0 if self._known.best() is not before else idle + 1
             self._say("search", f"trial {number}: {trial.status.value} {trial.reason}".strip(), trial=trial)
 
     def _one_trial(self, number: int, config: Mapping[str, Any], best: Trial | None) -> Trial:
-        if self._is_baseline(config):
+        if self._known.is_baseline(config):
             return self._evaluator.baseline_trial(number)
         return self._evaluator.evaluate(number, config, best)
 
     def _stop_reason(self, idle: int) -> str:
         settings = self._settings
-        if not self._trials:
+        if not self._known.trials:
             return ""
         needed = self._reserve_s() + self._pace.cost_s("trial") + self._layers_s()
         if self._pace.left_s <= needed:
             return "the time left is needed for the confirmation"
-        if len(self._trials) >= settings.max_trials:
+        if len(self._known.trials) >= settings.max_trials:
             return f"{settings.max_trials} trials were run"
-        tested = {self._space.read_key(t.config) for t in self._trials}
-        is_ladder_done = all(self._space.read_key(c) in tested for _, c in self._ladder)
+        is_ladder_done = self._known.is_ladder_done()
         if is_ladder_done and self._pace.elapsed_s > LADDER_SHARE * self._pace.budget_s:
             return "every step of precision was tried; the rest of the budget goes to the confirmation"
         if idle >= settings.patience and is_ladder_done:
@@ -221,47 +216,23 @@ class _Run:
         return needed + self._squeeze_s()
 
     def _propose(self, study: Study) -> tuple[int, dict[str, Any]] | None:
-        for _ in range(PROPOSALS + len(self._ladder)):
+        for _ in range(PROPOSALS + len(self._known.ladder)):
             number, config = study.ask()
-            if self._is_open(config):
+            if self._known.is_open(config):
                 return number, config
-            label = self._space.label(config)
-            if label in self._rungs and label not in self._seen:
-                return number, config  # a rung that is ruled out is still a trial worth listing
+            if self._known.is_new_rung(config):
+                return number, config  # one that is ruled out is still a trial worth listing
             study.skip(number)
-        left = [c for c in self._space.configs() if self._is_open(c)]
+        left = [c for c in self._space.configs() if self._known.is_open(c)]
         if not left:
             return None
         study.enqueue(left[int(self._rng.integers(len(left)))])
         return study.ask()
 
-    def _is_open(self, config: Mapping[str, Any]) -> bool:
-        """Not tried, not known to fail the gate, not beaten by its size alone."""
-        if self._space.label(config) in self._seen:
-            return False
-        if not self._is_passing(config):
-            return False
-        size = self._evaluator.bytes_per_token(config)
-        return size is not None and self._evaluator.objective.can_beat(size, self._best())
-
     def _sampled_value(self, trial: Trial) -> float | None:
         if trial.status in (Status.PRUNED, Status.FAILED) or trial.bytes_per_token is None:
             return None
         return self._evaluator.objective.value(trial)
-
-    def _remember(self, trial: Trial) -> None:
-        self._trials.append(trial)
-        self._seen.add(self._space.label(trial.config))
-
-    def _feasible(self) -> list[Trial]:
-        return [t for t in self._trials if t.status is Status.COMPLETE]
-
-    def _best(self) -> Trial | None:
-        feasible = self._feasible()
-        return self._best_of(feasible) if feasible else None
-
-    def _best_of(self, trials: Sequence[Trial]) -> Trial:
-        return functools.reduce(lambda a, b: b if self._evaluator.objective.is_better(b, a) else a, trials)
 
     # -- codecs layer by layer
 
@@ -274,7 +245,7 @@ class _Run:
 
     def _search_layers(self, study: Study) -> LayerSearchResult | None:
         """Tables below the best uniform configuration; what was judged becomes trials and rungs."""
-        uniform = [t for t in self._feasible() if "layer_codecs" not in t.config]
+        uniform = self._known.best_uniform()
         if not self._has_layers or not uniform:
             return None
         search = LayerSearch(
@@ -282,36 +253,27 @@ class _Run:
             rng=self._rng, left_s=lambda: self._pace.left_s - self._reserve_s() - self._pace.cost_s("trial"),
             say=functools.partial(self._say, "layers"),
         )  # fmt: skip
-        size = self._best_of(uniform).bytes_per_token or 0.0
-        anchor = min(
-            (t for t in uniform if t.bytes_per_token is not None and t.bytes_per_token <= size * (1 + TIE)),
-            key=lambda t: kl_of(t.quality),
-        )
+        anchor = min(uniform, key=lambda t: kl_of(t.quality))
         found = search.run(anchor.config)
         for table in sorted(found.tables, key=lambda t: t.num_bytes):
-            self._ladder.append((table.num_bytes, dict(table.config)))
-            if self._space.label(table.config) in self._seen:
+            self._known.add_rung(table.num_bytes, table.config)
+            if self._known.is_seen(table.config):
                 continue
-            trial = search.trial(study.next_number(), table, self._best())
+            trial = search.trial(study.next_number(), table, self._known.best())
             study.add(trial)
-            self._remember(trial)
+            self._known.remember(trial)
             self._say("layers", f"trial {trial.number}: {trial.status.value} {trial.reason}", trial=trial)
-        self._ladder.sort(key=lambda rung: (-rung[0], self._space.label(rung[1])))
         self._write_trials()
         return found
 
     # -- the step below the winner
 
-    def _smaller_rungs(self, config: Mapping[str, Any]) -> list[tuple[float, dict[str, Any]]]:
-        size = self._evaluator.bytes_per_token(config) or 0.0
-        return [(b, c) for b, c in self._ladder if b < size * (1 - 1e-6)]
-
     def _probe_frontier(self) -> None:
         """Replay the next smaller rung if the search did not get to it: users see where harm begins."""
-        best = self._best()
+        best = self._known.best()
         if best is None:
             return
-        for _, config in self._smaller_rungs(best.config):
+        for _, config in self._known.smaller_rungs(best.config):
             known = self._evaluator.verdicts.get(self._space.read_key(config))
             if known is not None and not may_pass(known):
                 return
@@ -324,21 +286,6 @@ class _Run:
                 self._say("frontier", f"replaying the next smaller step: {_brief(config)}")
                 self._evaluator.probe_quality(config)
 
-    def _failing_step(
-        self, confirmed: Confirmed | None, rejected: Sequence[Confirmed]
-    ) -> dict[str, Any] | None:
-        """The largest configuration below the winner that the gate did not pass."""
-        winner = self._space.baseline if confirmed is None else confirmed.config
-        by_key = {
-            self._space.read_key(c.config): c for c in rejected if c.quality.verdict is not Verdict.PASS
-        }
-        for size, config in self._smaller_rungs(winner):
-            key = self._space.read_key(config)
-            known = by_key[key].quality.to_dict() if key in by_key else self._evaluator.verdicts.get(key)
-            if known is not None and known["verdict"] != Verdict.PASS.value:
-                return {"config": config, "metrics": {"kv_bytes_per_token": size}, "quality": dict(known)}
-        return None
-
     # -- confirmation
 
     def _confirmation(self, num_candidates: int) -> Confirmation:
@@ -350,42 +297,6 @@ class _Run:
         confirmation.share_error(min(num_candidates, self._settings.max_confirmed))
         confirmation.measure_baseline(runs=1 if num_candidates else 2)
         return confirmation
-
-    def _candidates(self) -> list[Trial]:
-        """What could be the recipe, best first: feasible trials and the rungs above them.
-
-        A rung larger than the search's best was pruned unmeasured; it counts once that best falls. Where
-        the search found nothing feasible, rungs of unknown effect are tried from the middle.
-        """
-        baseline = next(t for t in self._trials if self._is_baseline(t.config))
-        tried = {self._space.label(t.config) for t in self._trials if t.status is not Status.PRUNED}
-        rungs = [
-            Trial(number=-1, config=config, status=Status.PRUNED,
-                  metrics={"kv_bytes_per_token": size, "num_changed": self._space.num_changed(config)})
-            for size, config in self._ladder
-            if self._space.label(config) not in tried and self._is_passing(config)
-        ]  # fmt: skip
-        feasible = [t for t in self._feasible() if not self._is_baseline(t.config)]
-        better = [t for t in feasible if self._evaluator.objective.is_better(t, baseline)]
-        if not better or self._evaluator.objective.has_slo:
-            return better or _bisecting(
-                [t for t in rungs if self._evaluator.objective.is_better(t, baseline)]
-            )
-        smallest = min(t.bytes_per_token or 0.0 for t in better)
-        above = [t for t in rungs if (t.bytes_per_token or 0.0) >= smallest]
-        better += [t for t in above if self._evaluator.objective.is_better(t, baseline)]
-        return sorted(
-            better,
-            key=functools.cmp_to_key(lambda a, b: -1 if self._evaluator.objective.is_better(a, b) else 1),
-        )
-
-    def _is_baseline(self, config: Mapping[str, Any]) -> bool:
-        return self._space.label(config) == self._space.label(self._space.baseline)
-
-    def _is_passing(self, config: Mapping[str, Any]) -> bool:
-        """Not ruled out by the gate; unknown counts as passing, the confirmation will tell."""
-        known = self._evaluator.verdicts.get(self._space.read_key(config))
-        return known is None or may_pass(known)
 
     def _confirm(
         self, confirmation: Confirmation, candidates: Sequence[Trial]
@@ -436,7 +347,7 @@ class _Run:
     # -- files
 
     def _write_trials(self) -> None:
-        lines = "".join(json.dumps(t.to_dict(), allow_nan=False) + "\n" for t in self._trials)
+        lines = "".join(json.dumps(t.to_dict(), allow_nan=False) + "\n" for t in self._known.trials)
         write_atomically(self._folder / "trials.jsonl", lines)
 
     def _write(self, outcome: Outcome, answers: Iterable[tuple[LoadRequest, tuple[int, ...]]]) -> TuneResult:
@@ -461,7 +372,7 @@ class _Run:
     def _say(self, stage: str, message: str, *, trial: Trial | None = None) -> None:
         if self._progress is None:
             return
-        best = self._best()
+        best = self._known.best()
         self._progress(
             ProgressEvent(
                 stage=stage, message=message, time_left_s=self._pace.until_deadline_s,
@@ -469,19 +380,6 @@ class _Run:
                 best=None if best is None else best.to_dict(),
             )
         )  # fmt: skip
-
-
-def _bisecting(rungs: Sequence[T]) -> list[T]:
-    """Middle first, then the middles of both halves: a pass prunes all above, a fail points upwards."""
-    order: list[T] = []
-    spans = [(0, len(rungs))]
-    while spans:
-        low, high = spans.pop(0)
-        if low < high:
-            middle = (low + high) // 2
-            order.append(rungs[middle])
-            spans += [(middle + 1, high), (low, middle)]
-    return order
 
 
 def _brief(config: Mapping[str, Any]) -> str:
