@@ -10,7 +10,6 @@ head is damaged once on contexts of their own; the most harmful of each kind is 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import random
@@ -24,11 +23,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from claims import run_claims
+from harness import cpu_name
 from transformers import AutoTokenizer
 
 from kvtune import CacheConfig, Engine, EngineConfig, SchedulerConfig
 from kvtune.engine import EngineTarget, LoadedModel, load_model
-from kvtune.errors import KVTuneError, UsageError
+from kvtune.errors import UsageError
 from kvtune.quality import (
     MARGINS,
     TASKS,
@@ -47,7 +48,6 @@ from kvtune.quality import (
 )
 from kvtune.target import ScoreItem, Scores
 from kvtune.testing.damage import Damage, RoundKeys, ShuffleValues, ZeroKeys, planted
-from kvtune.testing.reference import reference_model_path
 from kvtune.testing.reference.corpus import load_corpus
 from kvtune.testing.reference.dialogue import Dialogue, DialogueEncoder, material
 from kvtune.testing.variants import BiasedKeys, HeavyTailedValues, Variant, write_variant
@@ -325,12 +325,6 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), "unknown")
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
     begun = time.monotonic()
     tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
@@ -357,8 +351,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             say(f"gate {name} {codecs}: {verdict['verdict']} ({verdict['reason']})")
         say(f"gate {name}: bits equal in bf16 {row['bf16_bit_equal']}, float32 {row['float32_bit_equal']}")
     held = checks(rows, gated)
-    for claim, holds in held.items():
-        say(f"{'holds' if holds else 'DOES NOT HOLD':14} {claim}")
     return {
         "benchmark": "planted damage, codecs and the gate",
         "hardware": f"{cpu_name()}, {os.cpu_count()} CPUs", "kernels": kernels, "torch": torch.__version__,
@@ -374,7 +366,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", type=Path, nargs="?", help="model folder (default: the reference model)")
     parser.add_argument("--samples", type=int, default=256, help="questions of each measured row")
     parser.add_argument("--questions", type=int, default=2, help="questions on each context")
     parser.add_argument("--tokens", type=int, default=2000, help="length of a context")
@@ -384,21 +375,8 @@ def main() -> int:
     parser.add_argument(
         "--sigmas", type=float, nargs="+", default=[10.0], help="key biases in standard deviations"
     )
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write the result here")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    args.model = args.model or reference_model_path()
-    result = run(args)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-    say(f"{result['seconds']:.0f} s")
-    return 0
+    return run_claims("bench_damage", parser, run)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KVTuneError as error:
-        sys.exit(f"bench_damage: {error}")
+    sys.exit(main())

@@ -28,12 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from claims import run_claims
 from gate_population import AA_CHUNK, CHUNK, OTHER_CHUNK, Population, Setup, say, set_up
 
 from kvtune.adapters.chat_encoder import chat_encoder
 from kvtune.engine.target import RunningEngine
-from kvtune.errors import KVTuneError, UsageError
+from kvtune.errors import UsageError
 from kvtune.quality import (
     MARGINS,
     Conversation,
@@ -377,7 +377,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", nargs="?", type=Path, help="model folder; default the reference model")
     parser.add_argument("--only", action="append", choices=SECTIONS, help="this section; may be repeated")
     parser.add_argument("--work", type=Path, default=WORK, help="folder of what was computed")
     parser.add_argument("--population", type=int, default=2048, help="requests")
@@ -392,23 +391,8 @@ def main() -> int:
     parser.add_argument("--load-requests", type=int, default=16)
     parser.add_argument("--load-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=8, help="pairs of load runs per speed study")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write the result here")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    args.model = args.model or reference_model_path()
-    result = run(args)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-    for name, held in result["checks"].items():
-        print(f"{'ok  ' if held else 'MISS'} {name}")
-    say(f"{result['seconds']:.0f} s")
-    return 0 if all(result["checks"].values()) else 1
+    return run_claims("bench_gate", parser, run)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KVTuneError as error:
-        sys.exit(f"bench_gate: {error}")
+    sys.exit(main())
