@@ -235,7 +235,10 @@ def steps_s(
     context = 256
     num_blocks = num_running * (context // BLOCK + 8)
     manager = KVCacheManager([GROUP], [num_blocks], block_size=BLOCK, policy=policy, native=native)
-    config = SchedulerConfig(max_num_seqs=num_running, max_num_batched_tokens=1 << 20)
+    config = SchedulerConfig(
+        max_num_seqs=num_running, max_num_batched_tokens=1 << 20, max_prefill_chunk=1 << 20,
+        max_prefill_beside_decodes=1 << 20,
+    )  # fmt: skip
     scheduler = Scheduler(manager, config, max_model_len=1 << 20, clock=time.monotonic)
     rng = np.random.default_rng(2)
     for i in range(num_running + num_idle):

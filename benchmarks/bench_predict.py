@@ -265,6 +265,8 @@ def admission(load: Load, arm: Arm) -> dict[str, Any]:
     config = SchedulerConfig(
         max_num_seqs=4096,
         max_num_batched_tokens=4096,
+        max_prefill_chunk=4096,
+        max_prefill_beside_decodes=4096,
         watermark=arm.watermark,
         reserved=0.0,
         admission="watermark" if arm.z is None else "peak",

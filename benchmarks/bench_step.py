@@ -70,7 +70,9 @@ def make_engine(loaded: LoadedModel, codec: str, parts: Parts) -> Engine:
     engine = Engine.from_pretrained(
         loaded,
         cache=CacheConfig(kv_budget="1GiB", k_codec=codec, v_codec=codec),
-        scheduler=SchedulerConfig(max_num_seqs=64, max_num_batched_tokens=CHUNK),
+        scheduler=SchedulerConfig(
+            max_num_seqs=64, max_num_batched_tokens=CHUNK, max_prefill_beside_decodes=CHUNK
+        ),
     )
     for layer in engine.attention_layers.values():
         layer.attend = parts.timed("attention", layer.attend)
