@@ -99,8 +99,8 @@ def fitting(requests: list[TokenRequest], num_blocks: int, block_size: int) -> i
 def engine_for(loaded: LoadedModel, cache: CacheConfig, budget: int | str, length: int) -> Engine:
     # No watermark and no reserve: the question is how many requests the bytes hold.
     scheduler = SchedulerConfig(
-        max_num_seqs=256, max_num_batched_tokens=1024, max_prefill_chunk=1024, max_prefill_beside_decodes=1024,
-        watermark=0.0, reserved=0.0,
+        max_num_seqs=256, max_num_batched_tokens=1024, max_prefill_chunk=1024,
+        max_prefill_beside_decodes=1024, watermark=0.0, reserved=0.0,
     )  # fmt: skip
     return Engine.from_pretrained(
         loaded,
