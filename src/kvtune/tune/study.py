@@ -24,29 +24,50 @@ JOURNAL = "study.journal"
 NAME = "kvtune"
 _RECORD, _FINGERPRINT = "record", "fingerprint"
 STARTUP_TRIALS = 6
+LOCK_TRIES = 20
+"""Each loses against a run that ends at that very moment."""
 
 
 @contextlib.contextmanager
 def locked_folder(folder: Path) -> Generator[None]:
     """Create the folder if needed and hold it. UsageError if it cannot be written or is in use."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = _locked(folder, folder / ".lock")
     except OSError as error:
         raise UsageError(
             f"cannot write to the output folder {folder}: {error.strerror or error}; choose another --out"
         ) from error
+    if descriptor is None:
+        raise UsageError(f"another run is writing to {folder}; wait or choose another --out")
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UsageError(f"another run is writing to {folder}; wait or choose another --out") from error
         try:
             yield
         finally:
             (folder / ".lock").unlink(missing_ok=True)
     finally:
         os.close(descriptor)
+
+
+def _locked(folder: Path, path: Path) -> int | None:
+    """A descriptor that holds the lock file at `path`; None where another run does. OSError as it comes."""
+    for _ in range(LOCK_TRIES):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:
+            continue  # a run that ended just now removed its empty folder
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except OSError:
+            os.close(descriptor)
+            raise
+        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+            return descriptor
+        os.close(descriptor)  # its last holder removed it meanwhile: a newer file may be another run's
+    return None
 
 
 def check_output(folder: Path, *, resume: bool) -> None:
