@@ -212,6 +212,14 @@ def test_enough_probes_without_a_loss_prove_the_margin_and_fewer_do_not() -> Non
     assert outcome(0, 0, enough + 6).loss.high <= 0.05 < outcome(0, 0, 30).loss.high
 
 
+def test_as_many_more_questions_as_are_asked_for_settle_it_where_nothing_was_lost() -> None:
+    few = outcome(0, 0, 30)
+    more = few.more_needed(0.05)
+    assert more is not None
+    contexts = 30 + round(more * 30 / few.num_questions)
+    assert outcome(0, 0, contexts + 2).loss.high <= 0.05 < outcome(0, 0, contexts - 8).loss.high
+
+
 def test_pairs_that_fall_together_count_as_one() -> None:
     losses = [1] * 8 + [0] * 192
     alone = clustered_net_loss(losses, [str(i) for i in range(200)])

@@ -155,7 +155,11 @@ class ProbeOutcome:
         """Further questions that would settle it at the discordance seen; None where no number would."""
         gap = abs(limit - self.loss.value)
         needed = pairs_needed((self.lost + self.gained) / self.num_questions, gap)
-        return None if needed is None else max(1, needed - self.num_questions)
+        if needed is None:
+            return None
+        if not self.lost + self.gained:  # then contexts count, not questions, and the bound falls as 1 / n
+            needed = max(needed, math.ceil(self.num_questions * self.loss.high / gap))
+        return max(1, needed - self.num_questions)
 
     def to_dict(self) -> dict[str, Any]:
         return {
