@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvtune.errors import TargetError
+from kvtune.errors import TargetError, UsageError
 from kvtune.recipe import Recipe
 from kvtune.report import render
 from kvtune.target import Knob
@@ -50,8 +50,9 @@ def test_the_sides_that_hardly_matter_are_proven_together_and_stand_in_the_recip
     assert [s["kl"] for s in proof["sides"]] == sorted(s["kl"] for s in proof["sides"])
     assert proof["lowered_bytes_per_token"] / proof["bytes_per_token"] == pytest.approx((8.5 + 4.5) / 17)
     assert target.num_open == 0
-    cache = Recipe.load(tmp_path / "out" / "recipe.json").cache_config()
-    assert cache.squeeze_planes == {2: (1, 1), 3: (1, 1)}
+    recipe = Recipe.load(tmp_path / "out" / "recipe.json")
+    assert recipe.cache_config().squeeze_planes == {2: (1, 1), 3: (1, 1)}
+    assert recipe.quality["squeeze"] == {"planes": proof["planes"], **proof["quality"]}
 
 
 def test_what_harms_requests_the_search_never_saw_is_not_proven(
@@ -79,7 +80,11 @@ def test_what_harms_requests_the_search_never_saw_is_not_proven(
     assert [t["verdict"] for t in proof["tried"]] == ["FAIL"] * len(proof["tried"]) and proof["tried"]
     sizes = [sum(n == 1 for pair in t["planes"].values() for n in pair) for t in proof["tried"]]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes), "each set is smaller"
-    assert not Recipe.load(tmp_path / "out" / "recipe.json").cache_config().squeeze_planes
+    recipe = Recipe.load(tmp_path / "out" / "recipe.json")
+    assert not recipe.cache_config().squeeze_planes and "squeeze" not in recipe.quality
+    page = render(record)
+    assert "Sets judged, which share one chance of a false PASS" in page
+    assert all(sides in page for sides in ("layer 2 keys and values, 3 keys and values", "layer 3"))
 
 
 def test_a_winner_without_two_planes_has_nothing_to_give_up(
@@ -115,6 +120,35 @@ def test_a_crash_while_planes_are_read_leaves_the_winner_as_it_is(
     record = tune(target, requests_, tmp_path / "out")
     assert record["status"] == "winner" and record["squeeze"]["skipped"] == "crashed: the engine failed"
     assert target.num_open == 0
+
+
+def test_a_run_interrupted_while_planes_are_proven_resumes_to_a_recipe_with_its_proof(
+    nested: Any, requests_: Any, tmp_path: Path
+) -> None:
+    class Interrupted(nested):
+        def start(self, *args: Any, **more: Any) -> Any:
+            running = super().start(*args, **more)
+            logits = running._logits
+
+            def broken(*given: Any) -> Any:
+                if running.planes:
+                    raise KeyboardInterrupt
+                return logits(*given)
+
+            running._logits = broken
+            return running
+
+    target = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        tune(target, requests_, tmp_path / "out")
+    assert target.num_open == 0 and not (tmp_path / "out" / "recipe.json").exists()
+    with pytest.raises(UsageError, match="--resume"):
+        tune(nested(), requests_, tmp_path / "out")
+    with pytest.raises(UsageError, match="another model, workload or settings"):
+        tune(nested(), requests_, tmp_path / "out", squeeze=False, resume=True)
+    record = tune(nested(), requests_, tmp_path / "out", resume=True)
+    recipe = Recipe.load(tmp_path / "out" / "recipe.json")
+    assert record["squeeze"]["planes"] == recipe.quality["squeeze"]["planes"] == {"2": [1, 1], "3": [1, 1]}
 
 
 def test_the_page_says_what_may_go_and_what_that_is_worth(

@@ -284,8 +284,9 @@ def _next_command(recipe: Recipe, path: Path, facts: Sequence[Fact], workload: P
         return f"kvtune check --recipe {shlex.quote(str(path))} --workload {file}"
     if not moved:
         return None
-    engine = " --engine vllm" if recipe.engine["name"] == "vllm" else ""
-    return f"kvtune tune {shlex.quote(str(recipe.model.get('path', 'MODEL_DIR')))} --workload {file}{engine}"
+    flags = " --engine vllm" if recipe.engine["name"] == "vllm" else ""
+    flags += " --squeeze" if recipe.configuration["cache"].get("squeeze_planes") else ""
+    return f"kvtune tune {shlex.quote(str(recipe.model.get('path', 'MODEL_DIR')))} --workload {file}{flags}"
 
 
 def _as_text(record: Mapping[str, Any]) -> str:

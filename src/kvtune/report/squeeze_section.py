@@ -15,7 +15,7 @@ from kvtune.report.blocks import (
     placed_figure,
     verdict_cell,
 )
-from kvtune.report.record import Place, as_mapping, number, show, unit_of
+from kvtune.report.record import Place, as_mapping, as_sequence, number, show, unit_of
 
 __all__ = ["squeeze_section"]
 
@@ -29,7 +29,7 @@ def squeeze_section(result: Mapping[str, Any]) -> Section | None:
         return None
     quality = root.at("quality")
     if quality.value is None:
-        blocks = (Paragraph(_nothing(root), "warn"), *_sides(root))
+        blocks = (Paragraph(_nothing(root), "warn"), *_sides(root), *_tried(root))
         return Section("When memory gets short", blocks)
     size = unit_of("kv_bytes_per_token")
     facts = Facts((
@@ -42,7 +42,7 @@ def squeeze_section(result: Mapping[str, Any]) -> Section | None:
         ("Mean KL, excess", placed_figure(quality.at("metrics", "kl", "excess"), test_id="squeeze-kl")),
         ("Requests replayed", placed(quality.at("num_requests"))),
     ))  # fmt: skip
-    return Section("When memory gets short", (Paragraph(_gained(root)), facts, *_sides(root)))
+    return Section("When memory gets short", (Paragraph(_gained(root)), facts, *_sides(root), *_tried(root)))
 
 
 def _nothing(root: Place) -> str:
@@ -71,9 +71,36 @@ def _sides(root: Place) -> tuple[Table, ...]:
     rows: list[tuple[Cell, ...]] = []
     for side in root.at("sides").elements():
         layer, name = show(side.at("layer").value), str(side.at("side").value)
-        planes = proven.get(layer, (2, 2))
-        may_go = planes["kv".index(name)] == 1 if name in SIDES else False
+        planes = dict(zip(SIDES, as_sequence(proven.get(layer)), strict=False))
+        may_go = planes.get(name) == 1
         kl = placed(side.at("kl"))
         rows.append((Cell(layer), Cell(SIDES.get(name, name)), kl, Cell("may go" if may_go else "stays")))
     headers = ("Layer", "Side", "KL added alone, nats/token", "Low plane")
     return (Table("Every side stored in two planes, mildest first", headers, tuple(rows)),) if rows else ()
+
+
+def _tried(root: Place) -> tuple[Table, ...]:
+    """Every set that the gate judged, where it was more than one: they share one chance of a false PASS."""
+    tried = root.at("tried").elements()
+    if len(tried) < 2:
+        return ()
+    rows = tuple(
+        (
+            Cell(_named(as_mapping(one.at("planes").value))),
+            verdict_cell(one.at("verdict").value),
+            placed(one.at("reason")),
+        )
+        for one in tried
+    )
+    return (
+        Table("Sets judged, which share one chance of a false PASS", ("Planes gone", "Verdict", "Why"), rows),
+    )
+
+
+def _named(planes: Mapping[str, Any]) -> str:
+    """`layer 2 values, 3 keys and values`."""
+    texts: list[str] = []
+    for layer, pair in planes.items():
+        counts = zip(as_sequence(pair), SIDES.values(), strict=False)
+        texts.append(f"{layer} " + " and ".join(name for count, name in counts if count == 1))
+    return "layer " + ", ".join(texts) if texts else "none"
