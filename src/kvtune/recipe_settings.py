@@ -140,6 +140,7 @@ def _check_section(
             is_right = value is None or type(value) is int
         if not is_right:
             raise InputFileError(f"{where}.{item.name} has the impossible value {short(value)}")
+    _check_tables(data, where)
     try:
         settings = cls.from_dict(data)
         if isinstance(settings, CacheConfig):
@@ -148,6 +149,19 @@ def _check_section(
         raise InputFileError(f"{where}: {error}") from error
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputFileError(f"{where} is malformed: {short(str(error))}") from error
+
+
+def _check_tables(data: Mapping[str, Any], where: str) -> None:
+    """InputFileError for a layer written in two ways (2 and 02 are one), and for half a plane."""
+    for name in ("layer_codecs", "squeeze_planes"):
+        table = data.get(name)
+        for layer, pair in cast("dict[str, Any]", table).items() if isinstance(table, dict) else ():
+            is_layer = layer.isdecimal() and layer.isascii() and (layer == "0" or layer[0] != "0")
+            kind = str if name == "layer_codecs" else int
+            is_pair = isinstance(pair, list) and [type(x) for x in cast("list[Any]", pair)] == [kind, kind]
+            if not (is_layer and is_pair):
+                found = f"{short(layer)}: {short(pair)}"
+                raise InputFileError(f"{where}.{name} must map a layer index to [k, v], found {found}")
 
 
 def _check_codecs(cache: CacheConfig) -> None:

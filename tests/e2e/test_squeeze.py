@@ -208,6 +208,36 @@ def test_a_plane_of_a_layer_the_model_lacks_is_refused_before_anything_is_loaded
         assert code == 2 and "layer 9" in record["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    "planes",
+    [{"03": [2, 1]}, {"3": [2, 1], "03": [1, 1]}, {"3": [2, 1.5]}, {"3": [2, "1"]}, {"3": [2]}, {"x": [1, 1]},
+     {"3": "21"}, {"": [1, 1]}, {"-1": [1, 1]}, {"3": [True, 1]}, {"9" * 5000: [1, 1]}],
+)  # fmt: skip
+def test_planes_written_in_another_way_are_refused_in_one_short_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], planes: Any
+) -> None:
+    path = rewritten(folder, tmp_path / "recipe.json", planes)
+    for code, record in (asked(capsys, "verify", str(path)), checked(folder, capsys, path)):
+        message = record["error"]["message"]
+        assert code == 2 and "squeeze_planes" in message and len(message) < 600 and "\n" not in message
+
+
+@pytest.mark.parametrize("verb", [("verify",), ("check", "--workload", "trace.jsonl", "--recipe")])
+@pytest.mark.parametrize("content", [None, "", "{}", "{"])
+def test_a_folder_that_is_no_model_is_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    content: str | None, verb: tuple[str, ...],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(folder)
+    model = tmp_path / "model"
+    model.mkdir()
+    if content is not None:
+        (model / "config.json").write_text(content)
+    code, record = asked(capsys, *verb, str(folder / "out" / "recipe.json"), "--model", str(model))
+    message = record["error"]["message"]
+    assert code in (2, 3) and "config" in message and "\n" not in message
+
+
 def test_check_finds_a_model_that_was_moved(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
