@@ -6,6 +6,7 @@ A type used by one package lives with its producer; a type used by three lives h
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -171,21 +172,73 @@ class Admission:
     is_resumed: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DecodeColumns:
+    """Chunks of one token each, side by side: sequences that decode and read nothing below nominal precision.
+
+    `request_ids` [S]; `token_ids` int32 [S] and `starts` int64 [S]: the token and its position; `num_blocks`
+    int64 [S] and, per group, `block_tables` int32 [S, max(num_blocks)], -1 behind a sequence's blocks.
+    """
+
+    request_ids: Sequence[RequestId]
+    token_ids: TokenArray
+    starts: npt.NDArray[np.int64]
+    num_blocks: npt.NDArray[np.int64]
+    block_tables: tuple[npt.NDArray[np.int32], ...]
+
+    def __len__(self) -> int:
+        return len(self.request_ids)
+
+    def chunks(self) -> list[ScheduledChunk]:
+        """The same as records, one per sequence."""
+        return [
+            ScheduledChunk(
+                request_id=request_id,
+                token_ids=self.token_ids[i : i + 1],
+                start=start,
+                block_tables=tuple(table[i, :num_blocks] for table in self.block_tables),
+                samples=True,
+            )
+            for i, (request_id, start, num_blocks) in enumerate(
+                zip(self.request_ids, self.starts.tolist(), self.num_blocks.tolist(), strict=True)
+            )
+        ]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class SchedulerOutput:
     """Everything the runner needs for one step. Decisions are data: log, metrics and simulator
-    read the same record. `plane_moves` run in their order, drops before `copies`, restores after them."""
+    read the same record. `plane_moves` run in their order, drops before `copies`, restores after them.
+
+    The step runs `decodes`, then `others`; `chunks` are both as records, made when they are asked for.
+    """
 
     step: int
-    chunks: tuple[ScheduledChunk, ...]
+    decodes: DecodeColumns | None = None
+    others: tuple[ScheduledChunk, ...] = ()
     copies: tuple[BlockCopy, ...] = ()
     admitted: tuple[Admission, ...] = ()
     preempted: tuple[RequestId, ...] = ()
     plane_moves: tuple[PlaneMove, ...] = ()
 
+    @functools.cached_property
+    def chunks(self) -> tuple[ScheduledChunk, ...]:
+        return (*(self.decodes.chunks() if self.decodes is not None else ()), *self.others)
+
+    @property
+    def num_chunks(self) -> int:
+        return (len(self.decodes) if self.decodes is not None else 0) + len(self.others)
+
     @property
     def num_tokens(self) -> int:
-        return sum(len(chunk.token_ids) for chunk in self.chunks)
+        decodes = len(self.decodes) if self.decodes is not None else 0
+        return decodes + sum(chunk.num_tokens for chunk in self.others)
+
+    @property
+    def sampling_ids(self) -> list[RequestId]:
+        """The requests whose next token is sampled, in the order of the chunks."""
+        decodes = list(self.decodes.request_ids) if self.decodes is not None else []
+        return decodes + [chunk.request_id for chunk in self.others if chunk.samples]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

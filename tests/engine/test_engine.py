@@ -186,7 +186,7 @@ def test_a_step_that_breaks_off_ends_its_requests_and_leaves_the_engine_sound(ll
     engine._manager.check()
 
 
-def _interrupt(*_args):
+def _interrupt(*_args, **_kwargs):
     raise KeyboardInterrupt
 
 

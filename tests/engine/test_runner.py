@@ -12,7 +12,7 @@ from kvtune import EngineConfig, SamplingParams
 from kvtune.engine import load_model
 from kvtune.engine.runner import last_rows, pack_step, row_multiple, tail_starts
 from kvtune.errors import InvariantError
-from kvtune.types import BlockCopy, BlockId, RequestId, ScheduledChunk
+from kvtune.types import BlockCopy, BlockId, DecodeColumns, RequestId, ScheduledChunk
 
 
 def _chunk(tokens, start, *tables, samples=True) -> ScheduledChunk:
@@ -34,6 +34,21 @@ def test_a_packed_step_holds_positions_slots_and_tables_of_each_group():
     assert packed.slots[0].tolist() == [4 * 16 + 15, 2 * 16, 2 * 16 + 1, 3 * 16, -1, -1, -1, -1]
     assert packed.slots[1].tolist() == [8 * 16 + 15, 6 * 16, 6 * 16 + 1, 16, -1, -1, -1, -1]
     assert last_rows(chunks).tolist() == [2]
+
+
+def test_decodes_as_columns_are_packed_like_their_chunks():
+    tables = np.array([[4, 2, -1], [5, 6, 7]], dtype=np.int32)
+    decodes = DecodeColumns(
+        request_ids=(RequestId("a"), RequestId("b")), token_ids=np.array([3, 9], dtype=np.int32),
+        starts=np.array([17, 47]), num_blocks=np.array([2, 3]), block_tables=(tables,),
+    )  # fmt: skip
+    for others in ([], [_chunk([7, 8, 9], 62, [1, 3, 9, 8, 11]), _chunk([5], 0, [12], samples=False)]):
+        alone = pack_step([*decodes.chunks(), *others], num_groups=1, block_size=16, pad_rows=8)
+        packed = pack_step(others, num_groups=1, block_size=16, pad_rows=8, decodes=decodes)
+        for field in dataclasses.fields(packed):
+            own, same = getattr(packed, field.name), getattr(alone, field.name)
+            assert np.array_equal(own, same), field.name
+        assert last_rows(others, num_decodes=2).tolist() == last_rows([*decodes.chunks(), *others]).tolist()
 
 
 def test_rounded_row_counts_are_few_and_never_an_eighth_more():

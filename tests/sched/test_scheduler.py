@@ -214,7 +214,8 @@ def test_a_request_preempted_too_often_is_preempted_last():
     def sequence(name, computed, preemptions=0, priority=0):
         request = Bench().request(name, [1], priority=priority)
         made = Sequence(request, request.prompt_token_ids, order=computed)
-        made.num_computed_tokens, made.num_preemptions = computed, preemptions
+        made.computed(computed)
+        made.num_preemptions = preemptions
         return made
 
     head, tired, fresh = sequence("head", 1), sequence("tired", 2, 3), sequence("fresh", 9)

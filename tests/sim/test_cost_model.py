@@ -15,7 +15,7 @@ from kvtune.sched.shape import CALIBRATION_VERSION, SHAPE_COLUMNS, ReadGeometry
 from kvtune.sim import FittedCost, RooflineCost, load_calibration
 from kvtune.sim.nnls import nonnegative_least_squares
 from kvtune.spec import ModelSpec
-from kvtune.types import ScheduledChunk
+from kvtune.types import ScheduledChunk, SchedulerOutput
 
 
 def random_shapes(rng, count):
@@ -214,11 +214,13 @@ def test_a_block_that_several_sequences_hold_counts_once_in_distinct_bytes():
         chunk(name, start, n, *(tables[window][i] for window in order))
         for i, (name, start, n) in enumerate([("a", 63, 1), ("b", 40, 8), ("c", 63, 1)])
     ]
-    row = dict(zip(SHAPE_COLUMNS, geometry.row(chunks), strict=True))
+    row = dict(zip(SHAPE_COLUMNS, geometry.row(SchedulerOutput(step=1, others=tuple(chunks))), strict=True))
     # blocks 0 and 1 three times and 2 twice in the full group, 6 twice in the sliding one
     repeated = 5 * block[None] + block[24]
     assert row["distinct_bytes"] == row["decode_bytes"] + row["prefill_bytes"] - repeated
-    alone = dict(zip(SHAPE_COLUMNS, geometry.row(chunks[:1]), strict=True))
+    alone = dict(
+        zip(SHAPE_COLUMNS, geometry.row(SchedulerOutput(step=1, others=tuple(chunks[:1]))), strict=True)
+    )
     assert alone["distinct_bytes"] == alone["decode_bytes"]
 
 

@@ -14,8 +14,7 @@ HASH_BYTES: Final = 32
 
 
 class BlockHashes(Sequence[BlockHash]):
-    """A sequence of block hashes; slices share its memory. Grows by `extend` alone, and only what was never
-    sliced may grow."""
+    """A sequence of block hashes; slices share its memory. Only what was never sliced may grow."""
 
     __slots__ = ("_data", "_num", "start")
 
@@ -33,6 +32,11 @@ class BlockHashes(Sequence[BlockHash]):
     def copy(self) -> BlockHashes:
         end = self.start + self._num
         return BlockHashes(self._data[self.start * HASH_BYTES : end * HASH_BYTES])
+
+    def append(self, block_hash: BlockHash) -> None:
+        """A hash of 32 bytes."""
+        self._data.frombytes(block_hash)
+        self._num += 1
 
     def extend(self, hashes: Iterable[BlockHash]) -> None:
         more = packed(hashes)
@@ -75,7 +79,11 @@ def packed(hashes: Iterable[BlockHash]) -> BlockHashes:
     """The hashes in one stretch; names shorter than 32 bytes get zeros behind them."""
     if isinstance(hashes, BlockHashes):
         return hashes
-    return BlockHashes(array("B", b"".join([h.ljust(HASH_BYTES, b"\0") for h in hashes])))
+    names = list(hashes)
+    data = b"".join(names)
+    if len(data) != HASH_BYTES * len(names) or any(len(h) != HASH_BYTES for h in names):
+        data = b"".join([h.ljust(HASH_BYTES, b"\0") for h in names])
+    return BlockHashes(array("B", data))
 
 
 def joined(head: Sequence[BlockHash], tail: Sequence[BlockHash]) -> Sequence[BlockHash]:

@@ -292,6 +292,20 @@ class BlockPool:
             parent = block_id
         self.num_published += end - start
 
+    def publish_each(
+        self, tables: Sequence[Table[int]], ats: Sequence[int], hashes: Sequence[BlockHash]
+    ) -> list[int]:
+        """Publish one block of each table, in this order: block `ats[i]` of table i, under `hashes[i]`.
+        Returns the tables that got another block instead."""
+        changed: list[int] = []
+        for i, (table, at, block_hash) in enumerate(zip(tables, ats, hashes, strict=True)):
+            block_id, parent = BlockId(table[at]), BlockId(table[at - 1]) if at else NULL_BLOCK
+            canonical = self._publish_one(block_id, block_hash, depth=at, parent=parent)
+            if canonical != block_id:
+                table[at] = canonical
+                changed.append(i)
+        return changed
+
     def _publish_one(
         self, block_id: BlockId, block_hash: BlockHash, *, depth: int, parent: BlockId
     ) -> BlockId:

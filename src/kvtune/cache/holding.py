@@ -31,6 +31,7 @@ class Holding:
         "num_led",
         "num_published",
         "num_released",
+        "parent",
         "promised",
         "root",
         "snapshot",
@@ -55,6 +56,9 @@ class Holding:
         self.num_released = [0] * len(tables)  # leading blocks that left the window
         self.promised = [0] * len(tables)  # body blocks that passed the room test but are not taken yet
         self.is_private = False  # publishes nothing any more
+        self.parent: BlockHash | None = (
+            None  # of the next block, where nothing but its content is to be seen to
+        )
         self.may_share_last = False  # forked once: its partially computed block may be in another table
 
 

@@ -21,6 +21,7 @@ from dataclasses import replace
 import numpy as np
 
 from kvtune.cache.block_hashes import HASH_BYTES, joined, own_copy
+from kvtune.cache.decoding import DecodingBlocks
 from kvtune.cache.eviction import PolicyFactory
 from kvtune.cache.group import GroupCache
 from kvtune.cache.hashing import chain_hashes, root_hash, token_array
@@ -89,6 +90,11 @@ class KVCacheManager:
         self._stats = CacheStats()
         self.precision = Precision(self._groups, self._holdings, self._in_flight)
         """Which low planes are in the pools, and who reads below nominal precision."""
+        self._decoding = DecodingBlocks(self._groups, self._holdings, self._library)
+        self.commit_offsets = tuple(
+            sorted({0, *((g.window - 1) % block_size for g in groups if g.window is not None)})
+        )
+        """Computed tokens, modulo the block size, at which `commit` publishes or releases a block."""
         self._no_blocks: tuple[Table[int], ...] = (Table("i"),) * len(groups)
 
     # --- looking
@@ -252,6 +258,14 @@ class KVCacheManager:
         self._grow(holding, num_tokens)
         return Allocation(copies=copies) if copies else _NO_COPIES
 
+    def grow_each(self, request_ids: Sequence[RequestId], *, reserve: float) -> list[Table[int]] | None:
+        """`allocate` of one more block for each of these requests, in this order: per group, the new blocks.
+
+        For requests whose blocks are all in use and that share no partially computed block. `reserve`: of the
+        last one; those before it need not leave more. None, and nothing changed, without room for all.
+        """
+        return self._decoding.take(request_ids, reserve)
+
     def has_room(
         self,
         request_id: RequestId,
@@ -313,12 +327,26 @@ class KVCacheManager:
         holding.num_computed = num_computed
         num_full = num_computed // self.block_size
         if num_full > holding.num_published:
+            holding.may_share_last = False  # what a fork could share is full
             if self.enable_prefix_caching and not holding.is_private:
                 self._publish(request_id, holding, token_ids, num_full)
             holding.num_published = num_full
         for g in self._windowed:
             self._release_passed(g, holding)
         holding.commit_at = self._next_commit(holding)
+
+    @property
+    def commits_at_blocks(self) -> bool:
+        """Whether full blocks are all that a commit has to see to."""
+        return self.enable_prefix_caching and not self._windowed
+
+    def commit_blocks(self, request_ids: Sequence[RequestId], blocks: TokenArray) -> list[int] | None:
+        """`commit` for each of these requests, in this order, where each has just filled its last block.
+
+        `blocks` int32 [len(request_ids), block_size]: their tokens. Returns the places of those whose block
+        tables changed. None, and nothing done, unless they are all alike: then call `commit`.
+        """
+        return self._decoding.publish(request_ids, blocks)
 
     def advance(self, request_id: RequestId, num_computed: int) -> bool:
         """A `commit` that only counts tokens: False, and nothing done, where it would do more."""
@@ -380,6 +408,7 @@ class KVCacheManager:
 
     def _extend_hashes(self, holding: Holding, token_ids: Tokens, num_full: int) -> None:
         known = len(holding.hashes)
+        holding.parent = None
         if num_full > known:
             parent = holding.hashes[-1] if known else holding.root
             holding.hashes.extend(
@@ -412,7 +441,7 @@ class KVCacheManager:
         child.num_released = [min(n, num_blocks) for n in parent.num_released]
         child.is_private = parent.is_private
         child.may_share_last = parent.may_share_last = True
-        parent.commit_at = 0
+        parent.commit_at, parent.parent = 0, None
         for group, table in zip(self._groups, child.tables, strict=True):
             group.pool.incref(table)
         self._holdings[child_id] = child
@@ -443,9 +472,13 @@ class KVCacheManager:
             group.pool.unpublish_all()
         self._in_flight.clear()
         for holding in self._holdings.values():
-            holding.is_private = True
+            holding.is_private, holding.parent = True, None
 
     # --- telling
+
+    @property
+    def num_groups(self) -> int:
+        return len(self._groups)
 
     def request_ids(self) -> tuple[RequestId, ...]:
         """The requests that hold blocks, in order of admission."""

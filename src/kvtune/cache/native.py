@@ -18,7 +18,7 @@ from kvtune.types import BlockHash, TokenArray
 
 __all__ = ["CacheLibrary", "PoolCounts", "cache_library", "library_path", "padded"]
 
-ABI_VERSION: Final = 1
+ABI_VERSION: Final = 2
 _NO_MEMORY: Final = 2
 _P, _N, _I = c_void_p, c_int64, c_int32
 
@@ -43,6 +43,7 @@ _SIGNATURES: Final[dict[str, tuple[tuple[Any, ...], Any]]] = {
     "kvtune_cache_policy_name": ((_I,), c_char_p),
     "kvtune_has_sha_instructions": ((), _I),
     "kvtune_hash_blocks": ((_P, _P, _N, _N, _I, _P), None),
+    "kvtune_hash_each": ((_P, _P, _N, _N, _P), None),
     "kvtune_pool_new": ((_N, _N, _N, _N, _I, POINTER(_P)), _I),
     "kvtune_pool_free": ((_P,), None),
     "kvtune_pool_counts": ((_P, _I, POINTER(PoolCounts)), None),
@@ -57,6 +58,7 @@ _SIGNATURES: Final[dict[str, tuple[tuple[Any, ...], Any]]] = {
     "kvtune_pool_incref": ((_P, _P, _N), _I),
     "kvtune_pool_decref": ((_P, _P, _N), _I),
     "kvtune_pool_publish": ((_P, _P, _P, _N, _N, _N), _I),
+    "kvtune_pool_publish_each": ((_P, _P, _P, _P, _N, _N), _I),
     "kvtune_pool_forget": ((_P, _P, _N, _N), _I),
     "kvtune_pool_evict_idle": ((_P, POINTER(_I)), _I),
     "kvtune_pool_unpublish_all": ((_P,), _I),
@@ -127,6 +129,14 @@ class CacheLibrary:
         address = tokens.__array_interface__["data"][0]
         self.hash_blocks(parent, address, 4 * block_size, num, portable, out.buffer_info()[0])
         return BlockHashes(out)
+
+    def hash_block_each(self, parents: bytes, blocks: TokenArray) -> list[BlockHash]:
+        """One block behind each of `parents`, 32 bytes a name: `blocks` contiguous int32 [n, block_size]."""
+        num, size = blocks.shape
+        out = ctypes.create_string_buffer(num * HASH_BYTES)
+        self.hash_each(parents, blocks.__array_interface__["data"][0], 4 * size, num, out)
+        names = out.raw
+        return [BlockHash(names[at : at + HASH_BYTES]) for at in range(0, len(names), HASH_BYTES)]
 
 
 def cache_library() -> CacheLibrary | None:

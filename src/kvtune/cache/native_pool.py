@@ -17,7 +17,7 @@ from kvtune.cache.eviction import PolicyFactory
 from kvtune.cache.in_flight import InFlight
 from kvtune.cache.native import CacheLibrary, PoolCounts, cache_library, padded
 from kvtune.cache.records import PoolUsage
-from kvtune.cache.table import Need, Table
+from kvtune.cache.table import NULL_BLOCK, Need, Table
 from kvtune.errors import HostError, InvariantError
 from kvtune.spec import PoolBudget
 from kvtune.types import BlockHash, BlockId, RequestId
@@ -238,6 +238,27 @@ class NativePool(BlockPool):
                 self._handle, _address(table), found.address, found.start - start, start, end
             )
         )
+
+    def publish_each(
+        self, tables: Sequence[Table[int]], ats: Sequence[int], hashes: Sequence[BlockHash]
+    ) -> list[int]:
+        ids = Table("i", [table[at] for table, at in zip(tables, ats, strict=True)])
+        own = ids.tobytes()
+        parents = Table(
+            "i", [table[at - 1] if at else NULL_BLOCK for table, at in zip(tables, ats, strict=True)]
+        )
+        found = packed(hashes)
+        self._library.expect(
+            self._library.pool_publish_each(
+                self._handle, _address(ids), _address(parents), found.address, found.start, len(ids)
+            )
+        )
+        if ids.tobytes() == own:
+            return []
+        changed = [i for i, (old, new) in enumerate(zip(Table("i", own), ids, strict=True)) if old != new]
+        for i in changed:
+            tables[i][ats[i]] = ids[i]
+        return changed
 
     def forget(self, hashes: Iterable[BlockHash]) -> None:
         found = packed(hashes)

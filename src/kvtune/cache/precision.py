@@ -238,7 +238,7 @@ class Precision:
         holding = self._holdings[request_id]
         if holding.is_private:
             return
-        holding.is_private = True
+        holding.is_private, holding.parent = True, None
         self._in_flight.leave(request_id, holding.hashes[holding.num_published : holding.num_led])
 
     # --- getting planes back

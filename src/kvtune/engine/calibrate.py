@@ -21,7 +21,7 @@ from kvtune._version import __version__
 from kvtune.engine.engine import Engine
 from kvtune.host import read_host
 from kvtune.sched.shape import CALIBRATION_VERSION, SHAPE_COLUMNS, ReadGeometry
-from kvtune.types import SamplingParams, ScheduledChunk, SchedulerOutput
+from kvtune.types import SamplingParams, SchedulerOutput
 
 __all__ = ["Calibration", "StepTimer", "calibrate"]
 
@@ -78,7 +78,7 @@ class StepTimer:
         self._clock = clock
         self._geometry = ReadGeometry.of(engine.arena_plan.groups, engine.cache_config)
         self._decided: SchedulerOutput | None = None
-        self._chunks: list[tuple[ScheduledChunk, ...]] = []
+        self._steps: list[SchedulerOutput] = []
         engine.on_step = self._keep
 
     def _keep(self, output: SchedulerOutput) -> None:
@@ -93,13 +93,13 @@ class StepTimer:
         """The engine made a step (whoever called it) in this time."""
         decided, self._decided = self._decided, None
         if decided is not None:
-            self._chunks.append(decided.chunks)
+            self._steps.append(decided)
             self.calibration.seconds.append(seconds)
 
     def flush(self) -> None:
         """Bring `calibration.shapes` up to its `seconds`."""
-        self.calibration.shapes += [self._geometry.row(chunks) for chunks in self._chunks]
-        self._chunks.clear()
+        self.calibration.shapes += [self._geometry.row(step) for step in self._steps]
+        self._steps.clear()
 
     def submit(self, request_id: str, prompt: list[int], params: SamplingParams) -> None:
         start = self._clock()

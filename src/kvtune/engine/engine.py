@@ -436,7 +436,7 @@ class Engine(Closing):
             if state.is_finished:
                 del self._states[request_id]
             moved.append((state, token_ids, new_text))
-        if self.on_step is not None and output.chunks:
+        if self.on_step is not None and output.num_chunks:
             self.on_step(output)
         return moved
 
@@ -446,10 +446,12 @@ class Engine(Closing):
             self._manager.precision.lose(self._planes.perform(output.plane_moves))
 
     def _run(self, output: SchedulerOutput) -> dict[RequestId, Sampled]:
-        if not output.chunks:
+        if not output.num_chunks:
             return {}
-        logits = self._runner.forward(output.chunks, last_rows(output.chunks))
-        rows = [self._states[chunk.request_id].sample_row() for chunk in output.chunks if chunk.samples]
+        decodes, others = output.decodes, output.others
+        num_decodes = 0 if decodes is None else len(decodes)
+        logits = self._runner.forward(others, last_rows(others, num_decodes=num_decodes), decodes=decodes)
+        rows = [self._states[request_id].sample_row() for request_id in output.sampling_ids]
         return {one.request_id: one for one in sample(logits, rows)}
 
     def _abandon(self, output: SchedulerOutput) -> None:

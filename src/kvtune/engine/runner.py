@@ -20,7 +20,7 @@ from kvtune.engine.decoder import Decoder
 from kvtune.errors import InvariantError, UnsupportedModelError
 from kvtune.kernels import AttentionBatch, Backend, LayerCache, copy_blocks
 from kvtune.spec import KVGroup
-from kvtune.types import BlockCopy, ScheduledChunk
+from kvtune.types import BlockCopy, DecodeColumns, ScheduledChunk
 
 __all__ = ["ModelRunner", "PackedStep", "last_rows", "pack_step", "row_multiple", "tail_starts"]
 
@@ -47,20 +47,32 @@ class PackedStep:
 
 
 def pack_step(
-    chunks: Sequence[ScheduledChunk], *, num_groups: int, block_size: int, pad_rows: int = 0
+    chunks: Sequence[ScheduledChunk],
+    *,
+    num_groups: int,
+    block_size: int,
+    pad_rows: int = 0,
+    decodes: DecodeColumns | None = None,
 ) -> PackedStep:
-    """Lay the chunks of one step side by side, in order; pad to a multiple of `pad_rows` if it is set."""
-    lengths = np.array([len(chunk.token_ids) for chunk in chunks], dtype=np.int64)
-    starts = np.array([chunk.start for chunk in chunks], dtype=np.int64)
-    query_start = np.zeros(len(chunks) + 1, dtype=np.int64)
+    """Lay `decodes` and then the chunks of one step side by side, in order; pad to a multiple of `pad_rows`
+    if it is set."""
+    num_decodes = 0 if decodes is None else len(decodes)
+    lengths = np.array([1] * num_decodes + [len(chunk.token_ids) for chunk in chunks], dtype=np.int64)
+    starts = np.empty(len(lengths), dtype=np.int64)
+    starts[num_decodes:] = [chunk.start for chunk in chunks]
+    token_ids = [chunk.token_ids for chunk in chunks]
+    if decodes is not None:
+        starts[:num_decodes] = decodes.starts
+        token_ids.insert(0, decodes.token_ids)
+    query_start = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=query_start[1:])
     num_tokens = int(query_start[-1])
     num_rows = -(-num_tokens // pad_rows) * pad_rows if pad_rows else num_tokens
 
     input_ids = np.zeros(num_rows, dtype=np.int64)
     positions = np.zeros(num_rows, dtype=np.int64)
-    np.concatenate([chunk.token_ids for chunk in chunks], out=input_ids[:num_tokens])
-    sequence = np.repeat(np.arange(len(chunks)), lengths)
+    np.concatenate(token_ids, out=input_ids[:num_tokens])
+    sequence = np.repeat(np.arange(len(lengths)), lengths)
     positions[:num_tokens] = np.arange(num_tokens) + (starts - query_start[:-1])[sequence]
 
     context_len = starts + lengths
@@ -69,10 +81,7 @@ def pack_step(
     tables: list[npt.NDArray[np.int32]] = []
     slots: list[IntArray] = []
     for group in range(num_groups):
-        table = np.full((len(chunks), width), -1, dtype=np.int32)
-        for row, chunk in enumerate(chunks):
-            own = chunk.block_tables[group][:width]
-            table[row, : len(own)] = own
+        table = _packed_tables(chunks, decodes, group, width)
         blocks = table[sequence, block_index].astype(np.int64)
         if blocks.size and blocks.min() < 0:
             raise InvariantError(f"a scheduled token has no block in KV group {group}")
@@ -84,6 +93,23 @@ def pack_step(
         input_ids, positions, query_start.astype(np.int32), context_len.astype(np.int32),
         tuple(tables), tuple(slots),
     )  # fmt: skip
+
+
+def _packed_tables(
+    chunks: Sequence[ScheduledChunk], decodes: DecodeColumns | None, group: int, width: int
+) -> npt.NDArray[np.int32]:
+    """[S, width] block tables of one group, -1 behind the shorter ones."""
+    num_decodes = 0 if decodes is None else len(decodes)
+    columns = None if decodes is None else decodes.block_tables[group][:, :width]
+    if columns is not None and not chunks and columns.shape[1] == width:
+        return np.ascontiguousarray(columns)
+    table = np.full((num_decodes + len(chunks), width), -1, dtype=np.int32)
+    if columns is not None:
+        table[:num_decodes, : columns.shape[1]] = columns
+    for row, chunk in enumerate(chunks, num_decodes):
+        own = chunk.block_tables[group][:width]
+        table[row, : len(own)] = own
+    return table
 
 
 def row_multiple(num_tokens: int) -> int:
@@ -104,10 +130,11 @@ def tail_starts(query_start: npt.NDArray[np.int32], rows: IntArray) -> npt.NDArr
     return bounds.astype(np.int32) if np.array_equal(rows, expected) else None
 
 
-def last_rows(chunks: Sequence[ScheduledChunk]) -> IntArray:
-    """Row of the last token of each chunk that samples, in chunk order."""
-    ends = np.cumsum([len(chunk.token_ids) for chunk in chunks], dtype=np.int64) - 1
-    return ends[np.array([chunk.samples for chunk in chunks], dtype=bool)]
+def last_rows(chunks: Sequence[ScheduledChunk], *, num_decodes: int = 0) -> IntArray:
+    """Row of the last token of each chunk that samples, in chunk order, behind `num_decodes` decodes."""
+    ends = np.cumsum([len(chunk.token_ids) for chunk in chunks], dtype=np.int64) - 1 + num_decodes
+    sampling = ends[np.array([chunk.samples for chunk in chunks], dtype=bool)]
+    return np.concatenate((np.arange(num_decodes, dtype=np.int64), sampling)) if num_decodes else sampling
 
 
 class ModelRunner:
@@ -164,15 +191,20 @@ class ModelRunner:
             for layer in group.layers:
                 copy_blocks(self._caches[layer], src, dst, rows=(rows[0], rows[1]))
 
-    def forward(self, chunks: Sequence[ScheduledChunk], rows: IntArray) -> torch.Tensor:
-        """Run one step; return the model's logits [len(rows), V] of the given rows of the packed step.
+    def forward(
+        self, chunks: Sequence[ScheduledChunk], rows: IntArray, *, decodes: DecodeColumns | None = None
+    ) -> torch.Tensor:
+        """Run one step of `decodes`, then `chunks`; return the model's logits [len(rows), V] of the given
+        rows of the packed step.
 
         The output head runs on those rows only, through the model's own forward, so that soft-caps
         and logit scales of a family stay the model's.
         """
+        num_tokens = sum(len(chunk.token_ids) for chunk in chunks) + (0 if decodes is None else len(decodes))
         packed = pack_step(
-            chunks, num_groups=len(self._groups), block_size=self._block_size, pad_rows=self._multiple(chunks)
-        )
+            chunks, num_groups=len(self._groups), block_size=self._block_size,
+            pad_rows=self._multiple(num_tokens), decodes=decodes,
+        )  # fmt: skip
         step = AttentionStep(self._batches(packed), self._layers, self._backend)
         with torch.inference_mode():
             logits = self._run_model(packed, step, rows)
@@ -186,10 +218,10 @@ class ModelRunner:
             multiple = row_multiple(len(rows))
         return np.resize(rows, -(-len(rows) // multiple) * multiple) if multiple and len(rows) else rows
 
-    def _multiple(self, chunks: Sequence[ScheduledChunk]) -> int:
+    def _multiple(self, num_tokens: int) -> int:
         if self._pad_rows or not self._has_kernel_per_shape:
             return self._pad_rows
-        return row_multiple(sum(len(chunk.token_ids) for chunk in chunks))
+        return row_multiple(num_tokens)
 
     def _run_model(self, packed: PackedStep, step: AttentionStep, rows: IntArray) -> torch.Tensor:
         if self._decoder is None:

@@ -47,6 +47,8 @@ class Growth:
 
     def preempt(self, step: StepPlan, sequence: Sequence) -> None:
         """Take a request off its blocks and back to the queue."""
+        if sequence.is_in_lane:
+            step.spell_out(self._running.dissolve())
         step.drop(sequence)
         self._running.leave(sequence)
         self._traffic.peak.left()

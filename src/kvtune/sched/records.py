@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 from kvtune.sched.sequence import SequenceView
 from kvtune.types import FinishReason, RequestId
 
-__all__ = ["SchedulerStats", "SequenceUpdate"]
+__all__ = ["SchedulerStats", "SequenceUpdate", "StepUpdates"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +20,59 @@ class SequenceUpdate:
     new_token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
     sequence: SequenceView
+
+
+class StepUpdates(Sequence[SequenceUpdate]):
+    """What became of the sampled requests of a step, in its order: one token each, side by side. A record is
+    made when it is asked for."""
+
+    __slots__ = ("_reasons", "_sequences", "_token_ids")
+
+    def __init__(self) -> None:
+        self._sequences: Sequence[SequenceView] = ()
+        self._token_ids: Sequence[int] = ()
+        self._reasons: dict[int, FinishReason] = {}
+
+    def extend(
+        self,
+        sequences: Sequence[SequenceView],
+        token_ids: Sequence[int],
+        reasons: Mapping[int, FinishReason],
+    ) -> None:
+        """`reasons`, by place among these: of those that ended."""
+        start = len(self._sequences)
+        if start:
+            self._sequences = [*self._sequences, *sequences]
+            self._token_ids = [*self._token_ids, *token_ids]
+        else:
+            self._sequences, self._token_ids = sequences, token_ids
+        self._reasons.update({start + i: reason for i, reason in reasons.items()})
+
+    @property
+    def ended(self) -> list[SequenceUpdate]:
+        """Of the requests that ended in this step."""
+        return [self._update(i) for i in self._reasons]
+
+    def _update(self, i: int) -> SequenceUpdate:
+        sequence = self._sequences[i]
+        return SequenceUpdate(
+            request_id=sequence.request_id,
+            new_token_ids=(self._token_ids[i],),
+            finish_reason=self._reasons.get(i),
+            sequence=sequence,
+        )
+
+    @overload
+    def __getitem__(self, index: int) -> SequenceUpdate: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[SequenceUpdate]: ...
+    def __getitem__(self, index: int | slice) -> SequenceUpdate | list[SequenceUpdate]:
+        if isinstance(index, slice):
+            return [self._update(i) for i in range(*index.indices(len(self)))]
+        return self._update(range(len(self))[index])
+
+    def __len__(self) -> int:
+        return len(self._sequences)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

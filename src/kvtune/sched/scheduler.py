@@ -13,19 +13,24 @@ else runs.
 
 from __future__ import annotations
 
+import bisect
 import collections.abc
-from collections.abc import Callable, Iterable
+from array import array
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
 
 from kvtune.cache import KVCacheManager
 from kvtune.config import SchedulerConfig
 from kvtune.errors import InvariantError, UsageError
 from kvtune.sched.admission import growth_reserve, refuse_unfinishable, refuse_unservable
 from kvtune.sched.admitting import Admitting
+from kvtune.sched.decode_lane import DecodeLane
 from kvtune.sched.decode_run import DecodeRun, decode_run, perform
 from kvtune.sched.growth import Growth
 from kvtune.sched.lowering import Lowering, lowering_order
 from kvtune.sched.peak_admission import OutputLengths, PeakAdmission
-from kvtune.sched.records import SchedulerStats, SequenceUpdate
+from kvtune.sched.records import SchedulerStats, SequenceUpdate, StepUpdates
 from kvtune.sched.restores import PlaneRestores
 from kvtune.sched.running import RunningSequences
 from kvtune.sched.sequence import Sequence, SequenceView, Status
@@ -74,7 +79,9 @@ class Scheduler:
         self._num_steps = 0
         self._restores = PlaneRestores(manager)
         self._peak = PeakAdmission(manager, max_model_len=max_model_len, lengths=lengths)
-        self._running = RunningSequences(manager)
+        lane = DecodeLane(manager, eos_token_ids=eos_token_ids, max_model_len=max_model_len)
+        self._running = RunningSequences(manager, lane)
+        self._is_lane_pending = False  # its members are scheduled too
         self._traffic = Traffic(manager, config, self._running, Lowering(manager), self._peak)
         self._waiting, self._counts = self._traffic.waiting, self._traffic.counts
         self._growth = Growth(self._traffic)
@@ -118,7 +125,8 @@ class Scheduler:
         sequence.inherit(parent)
         self._register(sequence)
         has_seat = len(self._running) < self._traffic.config.max_num_seqs
-        if has_seat and parent.status is Status.RUNNING and parent_id not in self._pending:
+        if has_seat and parent.status is Status.RUNNING and not self._is_pending(parent):
+            self._running.take_out(parent)
             self._manager.fork(parent_id, child.request_id)
             parent.num_slots = 0
             sequence.start(self._clock(), num_computed_tokens=parent.num_computed_tokens)
@@ -138,6 +146,8 @@ class Scheduler:
         """End a live request for a reason the caller found (a stop string, an abort)."""
         sequence = self._live(request_id)
         if sequence.status is Status.RUNNING:
+            if sequence.is_in_lane and self._is_lane_pending:
+                self._spell_out_step()
             self._running.leave(sequence)
             self._peak.left()
         else:
@@ -157,7 +167,7 @@ class Scheduler:
         planes of idle blocks, idle blocks, planes of running requests, running requests; the output says what
         that does to bytes. UsageError, and nothing changed, when a live request could not end any more.
         """
-        if self._pending:
+        if self._pending or self._is_lane_pending:
             raise InvariantError("budgets change between two steps; call update() first")
         budgets = tuple(budgets)
         for sequence in self._sequences.values():
@@ -176,28 +186,56 @@ class Scheduler:
     # --- one step
 
     def schedule(self) -> SchedulerOutput:
-        """Decide the next step; empty `chunks` when nothing can run."""
-        if any(self._sequences.get(r) is s for r, s in self._pending.items()):
+        """Decide the next step; one without tokens when nothing can run."""
+        if self._is_lane_pending or any(self._sequences.get(r) is s for r, s in self._pending.items()):
             raise InvariantError("schedule() was called again before update() of the step before")
         self._finished.clear()
         step = StepPlan(budget=self._traffic.config.max_num_batched_tokens)
         if self._manager.precision.can_lower:
             is_relieved = all(s.awaited is not None for s in self._waiting)
             self._restores.begin(self._running, self._traffic.config, is_relieved=is_relieved)
-        decodes = [s for s in self._running if s.is_decoding]
-        others = [s for s in self._running if not s.is_decoding] if len(decodes) < len(self._running) else []
-        self._schedule_running(step, decodes)
-        step.begin_prefills(self._traffic.config)
-        self._schedule_running(step, others)
+        self._schedule_lane(step)
+        self._schedule_apart(step)
         if not step.preempted:
             self._admitting.admit_waiting(step)
+        self._is_lane_pending = step.lane is not None
         self._pending = {r: sequence for r, (sequence, _) in step.chunks.items()}
-        if step.chunks:
+        num_tokens = step.num_tokens
+        if num_tokens:
             self._num_steps += 1
-            self._counts["scheduled_tokens"] += sum(n for _, n in step.chunks.values())
+            self._counts["scheduled_tokens"] += num_tokens
         return step.output(self._num_steps, self._manager)
 
-    def _schedule_running(self, step: StepPlan, running: list[Sequence]) -> None:
+    def _schedule_lane(self, step: StepPlan) -> None:
+        """A token for everybody who decodes, if there is room for all; else nobody stays in the lane."""
+        running, config = self._running, self._traffic.config
+        running.gather(step.budget)
+        lane = running.lane
+        if not len(lane):
+            return
+        is_everybody = not running.decodes_apart()
+        if (
+            is_everybody
+            and len(lane) <= step.budget
+            and lane.grow(lambda s: growth_reserve(config, s.request.priority))
+        ):
+            step.add_lane(lane)
+        else:
+            running.dissolve()
+
+    def _schedule_apart(self, step: StepPlan) -> None:
+        """Running requests one by one: those that decode, then those whose prompt is being computed."""
+        running = self._running
+        decodes = running.decodes_apart()
+        others = [s for s in running.apart if not s.is_decoding]
+        self._schedule_each(step, decodes)
+        step.begin_prefills(self._traffic.config)
+        self._schedule_each(step, others)
+        if decodes or step.preempted:
+            has_all = all(s.request_id in step.chunks for s in decodes)
+            running.is_calm = has_all and not step.preempted
+
+    def _schedule_each(self, step: StepPlan, running: list[Sequence]) -> None:
         for sequence in running:
             is_runnable = sequence.status is Status.RUNNING and not sequence.awaits_planes
             if not is_runnable or step.budget <= 0:
@@ -207,16 +245,23 @@ class Scheduler:
             else:
                 self._growth.schedule(step, sequence)
 
-    def update(self, output: SchedulerOutput, result: RunnerOutput) -> tuple[SequenceUpdate, ...]:
+    def update(self, output: SchedulerOutput, result: RunnerOutput) -> StepUpdates:
         """Take a step's result: advance, publish, append sampled tokens, end what is done.
 
         Requests aborted since `schedule` are skipped. One update per sampled request that is live.
         """
-        sampled = {s.request_id: s for s in result.sampled}
         pending, self._pending = self._pending, {}
-        updates: list[SequenceUpdate] = []
-        manager, now_s = self._manager, self._clock()
-        for chunk in output.chunks:
+        now_s, updates = self._clock(), StepUpdates()
+        chunks, num_taken = output.chunks if not self._is_lane_pending else output.others, 0
+        if self._is_lane_pending:
+            self._is_lane_pending = False
+            num_taken = self._update_lane(output.step, result.sampled, now_s, updates)
+        sampled = {s.request_id: s.token_id for s in result.sampled[num_taken:]} if chunks else {}
+        manager = self._manager
+        sequences: list[Sequence] = []
+        token_ids: list[int] = []
+        reasons: dict[int, FinishReason] = {}
+        for chunk in chunks:
             sequence = pending.get(chunk.request_id)
             if sequence is None or sequence.status is not Status.RUNNING:
                 continue
@@ -225,8 +270,54 @@ class Scheduler:
             if not manager.advance(chunk.request_id, sequence.num_computed_tokens):
                 manager.commit(chunk.request_id, sequence.token_ids, sequence.num_computed_tokens)
             if chunk.samples:
-                updates.append(self._take_token(sequence, sampled, now_s))
-        return tuple(updates)
+                token_id = _token_of(chunk.request_id, sampled)
+                sequence.append(token_id, now_s)
+                reason = self._end_if_done(sequence)
+                if reason is not None:
+                    reasons[len(sequences)] = reason
+                sequences.append(sequence)
+                token_ids.append(token_id)
+        updates.extend(sequences, token_ids, reasons)
+        return updates
+
+    def _update_lane(
+        self, step: int, sampled: collections.abc.Sequence[Sampled], now_s: float, updates: StepUpdates
+    ) -> int:
+        """Every member of the lane took a token. Blocks are published and given back in service order.
+        Returns how many of `sampled` are surely theirs."""
+        running, lane, num = self._running, self._running.lane, len(self._running.lane)
+        members = lane.members
+        is_in_order = tuple([s.request_id for s in sampled[:num]]) == lane.request_ids
+        if is_in_order:
+            token_ids = array("i", [s.token_id for s in sampled[:num]])
+        else:
+            by_id = {s.request_id: s.token_id for s in sampled}
+            token_ids = array("i", [_token_of(request_id, by_id) for request_id in lane.request_ids])
+        tokens = np.frombuffer(token_ids, dtype=np.int32)
+        lane.computed(step)
+        reasons: dict[int, FinishReason] = {}
+        due, num_done = lane.to_commit(), 0
+        for i in lane.may_end(tokens):
+            sequence = members[i]
+            reason = sequence.stop_reason(
+                token_ids[i], sequence.num_tokens + 1, self._eos_token_ids, self._max_model_len
+            )
+            if reason is None:
+                continue
+            num_due = bisect.bisect_right(due, i)
+            lane.commit(due[num_done:num_due])
+            num_done = num_due
+            running.step_out(sequence)
+            sequence.append(token_ids[i], now_s)
+            self.finish(sequence.request_id, reason)
+            reasons[i] = reason
+        lane.commit(due[num_done:])
+        if reasons:
+            lane.close_ranks()
+            tokens = np.delete(tokens, list(reasons))
+        lane.append(tokens, now_s)
+        updates.extend(members, token_ids, reasons)
+        return num if is_in_order else 0
 
     # --- several steps at once
 
@@ -243,7 +334,7 @@ class Scheduler:
             return None
         if len(self._waiting) and len(running) < config.max_num_seqs:
             return None  # somebody may be admitted
-        if any(s.may_stop_early(self._eos_token_ids) or not s.is_decoding for s in running):
+        if any(not s.is_decoding or s.stop_ids(self._eos_token_ids) for s in running):
             return None
         reserve = growth_reserve(config, 0)
         return decode_run(running, self._manager, reserve=reserve, max_model_len=self._max_model_len)
@@ -259,33 +350,31 @@ class Scheduler:
         if not 1 <= len(end_s) <= run.num_steps or self._running[:] != list(run.sequences):
             raise InvariantError("this run of steps is not the one that lies ahead")
         self._finished.clear()
+        self._running.dissolve()
         reserves = [growth_reserve(self._traffic.config, s.request.priority) for s in run.sequences]
         perform(run, self._manager, tokens=tokens, end_s=end_s, reserves=reserves)
         self._num_steps += len(end_s)
         self._counts["scheduled_tokens"] += len(end_s) * len(run.sequences)
-        updates = (
-            self._end_if_done(s, tuple(own.tolist())) for s, own in zip(run.sequences, tokens, strict=True)
+        ended: list[SequenceUpdate] = []
+        for sequence, own in zip(run.sequences, tokens, strict=True):
+            reason = self._end_if_done(sequence)
+            if reason is not None:
+                ended.append(
+                    SequenceUpdate(
+                        request_id=sequence.request_id, new_token_ids=tuple(own.tolist()),
+                        finish_reason=reason, sequence=sequence,
+                    )
+                )  # fmt: skip
+        return tuple(ended)
+
+    def _end_if_done(self, sequence: Sequence) -> FinishReason | None:
+        """Whether the token appended last ended the sequence, and why."""
+        reason = sequence.stop_reason(
+            sequence.last_token_id, sequence.num_tokens, self._eos_token_ids, self._max_model_len
         )
-        return tuple(update for update in updates if update.finish_reason is not None)
-
-    def _take_token(
-        self, sequence: Sequence, sampled: dict[RequestId, Sampled], now_s: float
-    ) -> SequenceUpdate:
-        request_id = sequence.request_id
-        if request_id not in sampled:
-            raise InvariantError(f"the runner returned no token for request {request_id!r}, which samples")
-        token_id = sampled[request_id].token_id
-        sequence.append(token_id, now_s)
-        return self._end_if_done(sequence, (token_id,))
-
-    def _end_if_done(self, sequence: Sequence, new_token_ids: tuple[int, ...]) -> SequenceUpdate:
-        reason = sequence.stop_reason(self._eos_token_ids, self._max_model_len)
         if reason is not None:
             self.finish(sequence.request_id, reason)
-        return SequenceUpdate(
-            request_id=sequence.request_id, new_token_ids=new_token_ids, finish_reason=reason,
-            sequence=sequence,
-        )  # fmt: skip
+        return reason
 
     # --- looking
 
@@ -332,3 +421,21 @@ class Scheduler:
     def _refuse_known(self, request_id: RequestId) -> None:
         if request_id in self._sequences:
             raise UsageError(f"request id {request_id!r} is in use; give every request its own")
+
+    def _is_pending(self, sequence: Sequence) -> bool:
+        """Whether it is scheduled and update() was not called yet."""
+        return sequence.request_id in self._pending or (self._is_lane_pending and sequence.is_in_lane)
+
+    def _spell_out_step(self) -> None:
+        """Somebody leaves in the middle of a step: the lane's members are updated one by one."""
+        self._pending = {s.request_id: s for s in self._running.dissolve()} | self._pending
+        self._is_lane_pending = False
+
+
+def _token_of(request_id: RequestId, sampled: Mapping[RequestId, int]) -> int:
+    try:
+        return sampled[request_id]
+    except KeyError:
+        raise InvariantError(
+            f"the runner returned no token for request {request_id!r}, which samples"
+        ) from None

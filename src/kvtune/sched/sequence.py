@@ -20,7 +20,7 @@ from kvtune.types import (
     TokenArray,
 )
 
-__all__ = ["Sequence", "SequenceView", "Status"]
+__all__ = ["Lane", "Sequence", "SequenceView", "Status", "service_order"]
 
 
 class Status(StrEnum):
@@ -80,8 +80,20 @@ class SequenceView(Protocol):
     def metrics(self) -> RequestMetrics: ...
 
 
+class Lane(Protocol):
+    """Where the counters of decoding sequences are columns; `DecodeLane` is one."""
+
+    num_uncomputed: int
+    last_step: int
+
+    def num_tokens(self, row: int) -> int: ...
+    def since(self, row: int, num_known: int) -> tuple[TokenArray, list[float]]:
+        """Tokens behind the first `num_known`, and their times."""
+        ...
+
+
 class Sequence:
-    """The scheduler's own record; only `Scheduler` writes it."""
+    """The scheduler's own record; only `Scheduler` writes it. In a lane, its newest tokens are there."""
 
     def __init__(self, request: Request, prompt: TokenArray, *, order: int) -> None:
         self.request = request
@@ -92,8 +104,8 @@ class Sequence:
         """Service order: priority, then arrival, then submission."""
         self.status = Status.WAITING
         self.num_prompt_tokens = len(prompt)
-        self.num_tokens = len(prompt)
-        self.num_computed_tokens = 0
+        self._num_tokens = len(prompt)
+        self._num_computed = 0
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.num_lowered_tokens = 0
@@ -109,12 +121,55 @@ class Sequence:
         self._first_scheduled_s: float | None = None
         self._finished_s: float | None = None
         self._token_times_s: list[float] = []
+        self._lane: Lane | None = None
+        self.row = -1  # in the lane
+
+    # --- in the lane and out of it
+
+    @property
+    def is_in_lane(self) -> bool:
+        return self._lane is not None
+
+    def enter(self, lane: Lane, row: int) -> None:
+        self._lane, self.row = lane, row
+
+    def catch_up(self) -> None:
+        """Take over what the lane has of its tokens."""
+        if self._lane is None:
+            return
+        tokens, times_s = self._lane.since(self.row, self._num_tokens)
+        if len(tokens):
+            self.extend(tokens, times_s)
+        self._num_computed = self._num_tokens - self._lane.num_uncomputed
+        self.most_computed_tokens = max(self.most_computed_tokens, self._num_computed)
+
+    def leave(self) -> None:
+        """Out of the lane, with everything it has."""
+        self.catch_up()
+        if self._lane is not None:
+            self.last_step = max(self.last_step, self._lane.last_step)
+        self._lane, self.row = None, -1
+
+    @property
+    def num_tokens(self) -> int:
+        return self._num_tokens if self._lane is None else self._lane.num_tokens(self.row)
+
+    @property
+    def num_computed_tokens(self) -> int:
+        lane = self._lane
+        return self._num_computed if lane is None else lane.num_tokens(self.row) - lane.num_uncomputed
 
     @property
     def token_ids(self) -> TokenArray:
-        view = self._buffer[: self.num_tokens]
+        self.catch_up()
+        view = self._buffer[: self._num_tokens]
         view.flags.writeable = False
         return view
+
+    @property
+    def last_token_id(self) -> int:
+        self.catch_up()
+        return int(self._buffer[self._num_tokens - 1])
 
     @property
     def prompt_token_ids(self) -> TokenArray:
@@ -134,10 +189,13 @@ class Sequence:
 
     @property
     def is_decoding(self) -> bool:
-        return self.num_tokens - self.num_computed_tokens == 1 and self.num_tokens > self.num_prompt_tokens
+        if self._lane is not None:
+            return True
+        return self._num_tokens - self._num_computed == 1 and self._num_tokens > self.num_prompt_tokens
 
     @property
     def metrics(self) -> RequestMetrics:
+        self.catch_up()
         times = tuple(self._token_times_s)
         return RequestMetrics(
             arrival_s=self.request.arrival_s,
@@ -151,7 +209,7 @@ class Sequence:
         """The sequence left the queue with this many tokens computed already."""
         self.status = Status.RUNNING
         self.num_slots = 0
-        self.num_computed_tokens = num_computed_tokens
+        self._num_computed = num_computed_tokens
         self.most_computed_tokens = max(self.most_computed_tokens, num_computed_tokens)
         self.awaited = None
         if self._first_scheduled_s is None:
@@ -159,41 +217,44 @@ class Sequence:
 
     def chunk(self, num_tokens: int) -> TokenArray:
         """A copy of the next `num_tokens` to compute."""
-        start = self.num_computed_tokens
+        start = self._num_computed
         return self._buffer[start : start + num_tokens].copy()
 
     def computed(self, num_tokens: int, *, lowered: bool = False) -> None:
         """`lowered`: some block was read below nominal precision."""
         if lowered:
             self.num_lowered_tokens += num_tokens
-        self.num_computed_tokens += num_tokens
-        self.most_computed_tokens = max(self.most_computed_tokens, self.num_computed_tokens)
+        self._num_computed += num_tokens
+        self.most_computed_tokens = max(self.most_computed_tokens, self._num_computed)
 
     def append(self, token_id: int, now_s: float) -> None:
         """Take one sampled token."""
-        if self.num_tokens == len(self._buffer):
-            grown = np.empty(max(16, 2 * len(self._buffer)), dtype=np.int32)
-            grown[: self.num_tokens] = self._buffer
-            self._buffer = grown
-        self._buffer[self.num_tokens] = token_id
-        self.num_tokens += 1
+        num_tokens = self._num_tokens
+        if num_tokens == len(self._buffer):
+            self._lengthen(2 * num_tokens)
+        self._buffer[num_tokens] = token_id
+        self._num_tokens = num_tokens + 1
         self._token_times_s.append(now_s)
 
     def extend(self, token_ids: TokenArray, times_s: Iterable[float]) -> None:
         """Take the tokens of several steps at once."""
-        end = self.num_tokens + len(token_ids)
+        start = self._num_tokens
+        end = start + len(token_ids)
         if end > len(self._buffer):
-            grown = np.empty(max(16, 2 * end), dtype=np.int32)
-            grown[: self.num_tokens] = self._buffer[: self.num_tokens]
-            self._buffer = grown
-        self._buffer[self.num_tokens : end] = token_ids
-        self.num_tokens = end
+            self._lengthen(2 * end)
+        self._buffer[start:end] = token_ids
+        self._num_tokens = end
         self._token_times_s.extend(times_s)
+
+    def _lengthen(self, length: int) -> None:
+        longer = np.empty(max(16, length), dtype=np.int32)
+        longer[: self._num_tokens] = self._buffer[: self._num_tokens]
+        self._buffer = longer
 
     def inherit(self, parent: Sequence) -> None:
         """Continue from the parent's tokens, as a fork does."""
         self._buffer = parent.token_ids.copy()
-        self.num_tokens = parent.num_tokens
+        self._num_tokens = parent.num_tokens
         self.num_prompt_tokens = parent.num_prompt_tokens
         self.num_cached_tokens = min(parent.num_computed_tokens, parent.num_prompt_tokens)
         self.num_lowered_tokens = parent.num_lowered_tokens
@@ -203,7 +264,7 @@ class Sequence:
         """Back to the queue without blocks; tokens and the sampling position stay."""
         self.status = Status.WAITING
         self.awaits_planes = False
-        self.num_computed_tokens = 0
+        self._num_computed = 0
         self.num_preemptions += 1
 
     def finish(self, reason: FinishReason, now_s: float) -> None:
@@ -211,18 +272,22 @@ class Sequence:
         self.finish_reason = reason
         self._finished_s = now_s
 
-    def may_stop_early(self, eos_token_ids: frozenset[int]) -> bool:
-        """Whether a token may end it before its length does."""
-        sampling = self.sampling
-        return bool(sampling.stop_token_ids or (eos_token_ids and not sampling.ignore_eos))
+    def stop_ids(self, eos_token_ids: frozenset[int]) -> frozenset[int]:
+        """Tokens that end it before its length does."""
+        stops = frozenset(self.sampling.stop_token_ids)
+        return stops if self.sampling.ignore_eos else stops | eos_token_ids
 
-    def stop_reason(self, eos_token_ids: frozenset[int], max_model_len: int) -> FinishReason | None:
-        """Whether the token appended last ends the sequence."""
-        sampling, num_tokens = self.sampling, self.num_tokens
-        if sampling.stop_token_ids or (eos_token_ids and not sampling.ignore_eos):
-            last = int(self._buffer[num_tokens - 1])
-            if last in sampling.stop_token_ids or (not sampling.ignore_eos and last in eos_token_ids):
-                return FinishReason.STOP
+    def stop_reason(
+        self, last: int, num_tokens: int, eos_token_ids: frozenset[int], max_model_len: int
+    ) -> FinishReason | None:
+        """Whether it ends with `num_tokens` tokens, the last of which is `last`."""
+        sampling = self.sampling
+        if last in sampling.stop_token_ids or (not sampling.ignore_eos and last in eos_token_ids):
+            return FinishReason.STOP
         if num_tokens - self.num_prompt_tokens >= sampling.max_tokens or num_tokens >= max_model_len:
             return FinishReason.LENGTH
         return None
+
+
+def service_order(sequence: Sequence) -> tuple[int, float, int]:
+    return sequence.key

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from kvtune.config import CacheConfig
 from kvtune.spec import KVGroup, group_block_bytes
-from kvtune.types import BlockTable, ScheduledChunk
+from kvtune.types import BlockTable, SchedulerOutput
 
 __all__ = ["CALIBRATION_VERSION", "SHAPE_COLUMNS", "ReadGeometry", "ShapeRows"]
 
@@ -56,28 +56,44 @@ class ReadGeometry:
         """From the engine's KV groups and its codecs per layer."""
         return cls(tuple(_group_read(group, cache) for group in groups))
 
-    def row(self, chunks: Sequence[ScheduledChunk]) -> list[float]:
-        """One row of `ShapeRows` for the chunks of a step."""
+    def row(self, step: SchedulerOutput) -> list[float]:
+        """One row of `ShapeRows` for a step."""
+        decodes = step.decodes
         return self.row_of(
-            [(chunk.start, chunk.num_tokens, chunk.samples) for chunk in chunks],
-            repeated_bytes=self.repeated_bytes([chunk.block_tables for chunk in chunks]),
+            [(chunk.start, chunk.num_tokens, chunk.samples) for chunk in step.others],
+            decode_starts=() if decodes is None else decodes.starts.tolist(),
+            repeated_bytes=self._repeated_bytes(step),
         )
+
+    def _repeated_bytes(self, step: SchedulerOutput) -> float:
+        if step.num_chunks < 2:
+            return 0.0
+        total = 0.0
+        for g, group in enumerate(self.groups):
+            tables = [chunk.block_tables[g] for chunk in step.others]
+            if step.decodes is not None:
+                tables.append(step.decodes.block_tables[g].reshape(-1))
+            total += group.block_bytes * _num_repeated(np.concatenate(tables))
+        return total
 
     def repeated_bytes(self, tables: Sequence[tuple[BlockTable, ...]]) -> float:
         """KV bytes of blocks held again by a second, third ... sequence; `tables` per sequence and group."""
         if len(tables) < 2:
             return 0.0
-        total = 0.0
-        for group, own in zip(self.groups, zip(*tables, strict=True), strict=True):
-            blocks = np.sort(np.concatenate(own))
-            held = blocks[np.searchsorted(blocks, 0) :]  # -1: the window has passed
-            total += group.block_bytes * np.count_nonzero(held[1:] == held[:-1])
-        return total
+        pairs = zip(self.groups, zip(*tables, strict=True), strict=True)
+        return sum((group.block_bytes * _num_repeated(np.concatenate(own)) for group, own in pairs), 0.0)
 
-    def row_of(self, chunks: Sequence[tuple[int, int, bool]], *, repeated_bytes: float = 0.0) -> list[float]:
-        """One row of `ShapeRows` for (tokens computed before, tokens in the chunk, samples)."""
+    def row_of(
+        self,
+        chunks: Sequence[tuple[int, int, bool]],
+        *,
+        decode_starts: Sequence[int] = (),
+        repeated_bytes: float = 0.0,
+    ) -> list[float]:
+        """One row of `ShapeRows` for (tokens computed before, tokens in the chunk, samples), and for
+        sequences that compute one token behind each of `decode_starts` and sample."""
         prefills = [(start, n) for start, n, _ in chunks if n != 1]
-        decode_keys = [start + 1 for start, n, _ in chunks if n == 1]
+        decode_keys = [start + 1 for start in decode_starts] + [start + 1 for start, n, _ in chunks if n == 1]
         decode_bytes = prefill_bytes = pairs = 0.0
         for group in self.groups:
             if decode_keys:
@@ -92,7 +108,7 @@ class ReadGeometry:
             float(len(decode_keys)),
             float(len(prefills)),
             float(sum(n for _, n in prefills)),
-            float(sum(samples for *_, samples in chunks)),
+            float(len(decode_starts) + sum(samples for *_, samples in chunks)),
             decode_bytes,
             prefill_bytes,
             pairs,
@@ -128,6 +144,13 @@ class ReadGeometry:
                 full = np.searchsorted(room, steps, side="right")
                 total += group.token_bytes * (seen + before[full] + (len(room) - full) * steps)
         return total
+
+
+def _num_repeated(block_ids: npt.NDArray[np.int32]) -> int:
+    """Entries that name a block another one names; -1 (the window has passed, or nothing) aside."""
+    held = np.sort(block_ids)
+    held = held[np.searchsorted(held, 0) :]
+    return int(np.count_nonzero(held[1:] == held[:-1]))
 
 
 def _group_read(group: KVGroup, cache: CacheConfig) -> _GroupRead:

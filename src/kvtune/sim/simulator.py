@@ -168,18 +168,18 @@ class Simulation:
         """One step; False when the scheduler ran nothing."""
         start_s = self._now_s
         output = self.scheduler.schedule()
-        if not output.chunks:
+        if not output.num_chunks:
             return False
-        row = self._geometry.row(output.chunks)
+        row = self._geometry.row(output)
         seconds = self.cost.step_s(row)
         self._now_s = start_s + seconds
         sampled = tuple(
-            Sampled(request_id=chunk.request_id, token_id=self._live[chunk.request_id].next_token())
-            for chunk in output.chunks
-            if chunk.samples
+            Sampled(request_id=request_id, token_id=self._live[request_id].next_token())
+            for request_id in output.sampling_ids
         )
         load = (row[0] + row[2], row[0], self.scheduler.num_running, self.scheduler.num_waiting)
-        self._finish_all(self.scheduler.update(output, RunnerOutput(sampled=sampled)), on_done)
+        updates = self.scheduler.update(output, RunnerOutput(sampled=sampled))
+        self._finish_all(updates.ended, on_done)
         self._log.steps.extend((start_s, seconds, *load, *self._blocks(), *_admissions(output)))
         if self.on_step is not None:
             self.on_step(output)
@@ -218,11 +218,11 @@ class Simulation:
         return sum(group.referenced for group in usage), sum(group.idle for group in usage)
 
     def _finish_all(self, updates: Sequence[SequenceUpdate], on_done: Callable[[int], None] | None) -> None:
+        """`updates`: of requests that ended."""
         for update in updates:
-            if update.finish_reason is not None:
-                self._finish(update.sequence)
-                if on_done is not None:
-                    on_done(len(self._log.records))
+            self._finish(update.sequence)
+            if on_done is not None:
+                on_done(len(self._log.records))
 
     def _finish(self, sequence: SequenceView) -> None:
         live = self._live.pop(sequence.request_id)

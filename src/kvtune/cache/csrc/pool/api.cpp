@@ -59,7 +59,7 @@ constexpr int32_t NUM_POLICIES = sizeof(POLICIES) / sizeof(POLICIES[0]);
 
 }  // namespace
 
-KVTUNE_API int32_t kvtune_cache_abi_version() { return 1; }
+KVTUNE_API int32_t kvtune_cache_abi_version() { return 2; }
 KVTUNE_API const char* kvtune_cache_message() { return message; }
 KVTUNE_API int32_t kvtune_cache_num_policies() { return NUM_POLICIES; }
 KVTUNE_API const char* kvtune_cache_policy_name(int32_t i) { return POLICIES[i].name; }
@@ -75,6 +75,15 @@ KVTUNE_API void kvtune_hash_blocks(const uint8_t* parent, const uint8_t* data, i
   static const pool::sha::Compress best = pool::sha::best_compress();
   pool::hash_chain(is_portable ? pool::sha::compress_portable : best, parent, data, static_cast<size_t>(width), num,
                    out);
+}
+
+// One block behind each of `num` parents.
+KVTUNE_API void kvtune_hash_each(const uint8_t* parents, const uint8_t* data, int64_t width, int64_t num,
+                                 uint8_t* out) {
+  static const pool::sha::Compress best = pool::sha::best_compress();
+  for (int64_t i = 0; i < num; ++i) {
+    pool::hash_chain(best, parents + 32 * i, data + width * i, static_cast<size_t>(width), 1, out + 32 * i);
+  }
 }
 
 // --- pools
@@ -136,6 +145,15 @@ KVTUNE_API int32_t kvtune_pool_decref(BlockPool* p, const int32_t* ids, int64_t 
 KVTUNE_API int32_t kvtune_pool_publish(BlockPool* p, int32_t* table, const uint8_t* digests, int64_t offset,
                                        int64_t start, int64_t end) {
   return guarded([&] { p->publish(table, from(digests, offset), start, end); });
+}
+
+// ids[i] behind parents[i] (-1: none), under digest i; ids[i] becomes the block that holds the content.
+KVTUNE_API int32_t kvtune_pool_publish_each(BlockPool* p, int32_t* ids, const int32_t* parents,
+                                            const uint8_t* digests, int64_t start, int64_t num) {
+  return guarded([&] {
+    const Digest* names = from(digests, start);
+    for (int64_t i = 0; i < num; ++i) ids[i] = p->publish_one(ids[i], parents[i], names[i]);
+  });
 }
 
 KVTUNE_API int32_t kvtune_pool_forget(BlockPool* p, const uint8_t* digests, int64_t start, int64_t num) {

@@ -160,25 +160,28 @@ class BlockPool {
         index.prefetch(digests[i + AHEAD]);
         index.evicted.prefetch(digests[i + AHEAD].mixed());
       }
-      const int32_t id = table[i];
-      if (is_published(id)) {
-        if (!(index.digest(id) == digests[i])) throw about(id, "is published under another hash");
-        continue;
-      }
-      if (!index.insert(digests[i], id)) {
-        const int32_t canonical = index.find(digests[i]);
-        incref(&canonical, 1);
-        decref(&id, 1);
-        table[i] = canonical;
-        ++num_duplicates_;
-        continue;
-      }
-      states_[id] |= PUBLISHED;
-      ++num_published_;
-      const int32_t before = i > 0 ? table[i - 1] : NO_ID;
-      const bool is_apart = before < 0 || part_of(before) != part_of(id);
-      order_of(id).insert(id, is_apart ? NO_ID : before, digests[i]);
+      table[i] = publish_one(table[i], i > 0 ? table[i - 1] : NO_ID, digests[i]);
     }
+  }
+
+  // Makes a block findable; `before` is the one before it in its table. Returns the canonical block.
+  int32_t publish_one(int32_t id, int32_t before, const Digest& digest) {
+    if (is_published(id)) {
+      if (!(index.digest(id) == digest)) throw about(id, "is published under another hash");
+      return id;
+    }
+    if (!index.insert(digest, id)) {
+      const int32_t canonical = index.find(digest);
+      incref(&canonical, 1);
+      decref(&id, 1);
+      ++num_duplicates_;
+      return canonical;
+    }
+    states_[id] |= PUBLISHED;
+    ++num_published_;
+    const bool is_apart = before < 0 || part_of(before) != part_of(id);
+    order_of(id).insert(id, is_apart ? NO_ID : before, digest);
+    return id;
   }
 
   // Frees the idle blocks with these contents.
