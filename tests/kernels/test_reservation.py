@@ -7,6 +7,7 @@ import torch
 
 from kvtune.errors import UsageError
 from kvtune.kernels import AssignedRows, LayerCache, LowPlanes, Reservation, copy_blocks
+from kvtune.kernels.reservation import zeroed
 from kvtune.spec import PackedLayout
 
 
@@ -35,6 +36,46 @@ def test_only_whole_pages_within_the_rows_go():
     assert (reservation.tensor[kept] == 5).all()
     assert not reservation.tensor.view(-1)[4096:8192].any()
     assert Reservation(0, 64).give_back([]) == 0
+
+
+def huge_bytes_at(address: int) -> int | None:
+    """Bytes of large pages in the mapping that holds `address`; None where the system does not tell."""
+    smaps = Path("/proc/self/smaps")
+    if not smaps.is_file():
+        return None
+    is_here = False
+    for line in smaps.read_text().splitlines():
+        bounds = line.split()[0].split("-")
+        if len(bounds) == 2 and ":" not in bounds[0]:
+            is_here = int(bounds[0], 16) <= address < int(bounds[1], 16)
+        elif is_here and line.startswith("AnonHugePages:"):
+            return int(line.split()[1]) << 10
+    return None
+
+
+def test_a_large_arena_lies_in_large_pages_that_are_taken_when_written():
+    switch = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not switch.is_file() or "[never]" in switch.read_text():
+        pytest.skip("this system has no transparent large pages")
+    before = resident_bytes()
+    arena = zeroed(1024, 64 << 10)
+    assert resident_bytes() - before < 4 << 20
+    arena[:512] = 3
+    assert resident_bytes() - before < 40 << 20
+    assert (huge_bytes_at(arena.data_ptr() + (16 << 20)) or 0) >= 24 << 20
+    assert (arena[:512] == 3).all()
+    assert not arena[512:].any()
+
+
+@pytest.mark.parametrize("shape", [(4, 64), (1, 16 << 20), (300, 65_600)])
+def test_arenas_of_any_size_are_zero_aligned_and_writable(shape: tuple[int, int]):
+    arena = zeroed(*shape)
+    assert arena.shape == shape
+    assert arena.is_contiguous()
+    assert arena.data_ptr() % 64 == 0
+    assert not arena.any()
+    arena.fill_(255)
+    assert int(arena[-1, -1]) == 255
 
 
 def test_assigned_rows_are_read_where_the_pool_says_and_given_out_by_nobody_else():

@@ -10,6 +10,7 @@ import torch
 
 from kvtune.errors import UsageError
 from kvtune.kernels.planes import LowPlanes
+from kvtune.kernels.reservation import zeroed
 from kvtune.spec import PackedLayout
 
 __all__ = ["AssignedRows", "AttentionBatch", "LayerCache"]
@@ -21,10 +22,6 @@ class AssignedRows:
 
     row_of: torch.Tensor
     num_rows: int
-
-
-def _zeros(count: int, row_bytes: int) -> torch.Tensor:
-    return torch.zeros(count, row_bytes, dtype=torch.uint8)
 
 
 @dataclass
@@ -88,9 +85,9 @@ class LayerCache:
         """Zero-filled arenas on the CPU, at least 64-byte aligned, low planes for all blocks.
 
         `rows`: sides ("k", "v") whose low planes have fewer rows, given out by someone else. `reserve(count,
-        row_bytes)`: where the memory of blocks and of these rows comes from; torch's allocator if None.
+        row_bytes)`: where the memory of blocks and of these rows comes from; `reservation.zeroed` if None.
         """
-        rows, reserve = rows or {}, reserve or _zeros
+        rows, reserve = rows or {}, reserve or zeroed
         arena = reserve(num_blocks, layout.arena_bytes)
         first = None
         if first_layout is not None:

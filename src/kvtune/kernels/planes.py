@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from kvtune.errors import UsageError
+from kvtune.kernels.reservation import zeroed
 
 __all__ = ["LowPlanes"]
 
@@ -31,7 +32,7 @@ class LowPlanes:
 
     def __init__(self, num_blocks: int, plane_bytes: int) -> None:
         """A row for every block, in order, zero-filled."""
-        self.arena = torch.zeros(num_blocks, plane_bytes, dtype=torch.uint8)
+        self.arena = zeroed(num_blocks, plane_bytes)
         self.row_of = torch.arange(num_blocks, dtype=torch.int32)
         self._free: list[int] = []
         self.is_assigned = False
@@ -135,7 +136,7 @@ class LowPlanes:
         if num_rows < used:
             raise UsageError(f"{used} low planes are in use, {num_rows} rows cannot hold them; drop some")
         holders = (self.row_of >= 0).nonzero().squeeze(1)
-        arena = torch.zeros(num_rows, self.plane_bytes, dtype=torch.uint8)
+        arena = zeroed(num_rows, self.plane_bytes)
         arena[: len(holders)] = self.arena[self.row_of[holders].long()]
         self.arena = arena
         self.row_of[holders] = torch.arange(len(holders), dtype=torch.int32)
