@@ -1,9 +1,12 @@
-"""`kvtune tune --engine vllm` against a real vLLM: a recipe, a command that starts, no process left."""
+"""`kvtune tune --engine vllm` against a real vLLM: a recipe, a command that starts, no process left; and what
+`kvtune verify` says of that recipe."""
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,6 +15,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,10 +39,10 @@ def workload(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def decoy() -> Iterator[subprocess.Popen[bytes]]:
     """A process that is not ours and has vllm in its name."""
-    process = subprocess.Popen(["bash", "-c", "exec -a vllm-of-somebody-else sleep 1400"])
+    process = subprocess.Popen(["bash", "-c", "exec -a vllm-of-somebody-else sleep 7200"])
     yield process
     assert process.poll() is None, "a process kvtune did not start was stopped"
     process.kill()
@@ -83,15 +87,21 @@ def serving_processes() -> list[str]:
     return [line for line in processes_naming(str(reference_model_path())) if "--port" in line]
 
 
-def test_a_real_vllm_is_tuned_and_the_emitted_command_starts(
-    tmp_path: Path, workload: Path, decoy: subprocess.Popen[bytes]
-) -> None:
-    out = tmp_path / "out"
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory, workload: Path, decoy: subprocess.Popen[bytes]) -> Path:
+    """The folder of a finished run."""
+    out = tmp_path_factory.mktemp("tuned") / "out"
     result = subprocess.run(
         command(out, workload, "--budget", "6m"), capture_output=True, text=True, timeout=1200, check=False
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    record = json.loads(result.stdout)
+    assert json.loads(result.stdout)["recipe"] == str(out / "recipe.json")
+    return out
+
+
+def test_a_real_vllm_is_tuned_and_the_emitted_command_starts(tuned: Path) -> None:
+    out = tuned
+    record = json.loads((out / "result.json").read_text())
     assert {t["status"] for t in record["trials"]} & {"complete", "COMPLETE"}
     assert serving_processes() == []
     recipe = json.loads((out / "recipe.json").read_text())
@@ -191,3 +201,71 @@ def kill_serving_processes() -> None:
                 continue
             if str(reference_model_path()) in line and "--port" in line:
                 os.kill(int(entry.name), signal.SIGKILL)
+
+
+# -- verify --
+
+
+def verified(recipe: Path, *extra: str, python: str = VLLM) -> tuple[int, dict[str, Any], list[str]]:
+    """Exit code, what was printed, and the facts that changed."""
+    result = subprocess.run(
+        [sys.executable, "-m", "kvtune", "verify", str(recipe), "--vllm-python", python, "--json", *extra],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    record = json.loads(result.stdout)
+    facts = record.get("facts", [])
+    return result.returncode, record, [fact["name"] for fact in facts if fact["verdict"] == "changed"]
+
+
+def copy_of_the_model(folder: Path) -> Path:
+    shutil.copytree(reference_model_path(), folder, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+def test_verify_passes_where_nothing_changed_but_the_place_of_the_model(
+    tuned: Path, workload: Path, tmp_path: Path
+) -> None:
+    recipe = tuned / "recipe.json"
+    code, record, _ = verified(recipe, "--workload", str(workload))
+    assert (code, record["verdict"]) == (0, "PASS"), record
+    names = {fact["name"] for fact in record["facts"]}
+    assert {"engine.version", "engine.attention_backend", "model.weights", "model.tokenizer"} <= names
+    assert {fact["verdict"] for fact in record["facts"]} == {"same"}
+    model = copy_of_the_model(tmp_path / "model")
+    assert verified(recipe, "--model", str(model))[0] == 0
+
+
+def test_verify_fails_on_other_weights_and_on_another_tokenizer(tuned: Path, tmp_path: Path) -> None:
+    weights, tokenizer = (copy_of_the_model(tmp_path / name) for name in ("weights", "tokenizer"))
+    with (weights / "model.safetensors").open("r+b") as file:
+        file.seek(-100, os.SEEK_END)
+        byte = file.read(1)
+        file.seek(-100, os.SEEK_END)
+        file.write(bytes([byte[0] ^ 1]))
+    content = (tokenizer / "tokenizer.json").read_bytes()
+    (tokenizer / "tokenizer.json").write_bytes(content.replace(b"{", b"{ ", 1))
+    for model in (weights, tokenizer):
+        code, record, changed = verified(tuned / "recipe.json", "--model", str(model))
+        assert (code, record["verdict"], changed) == (1, "FAIL", [f"model.{model.name}"])
+
+
+def test_verify_fails_on_another_version_of_vllm(tuned: Path, tmp_path: Path) -> None:
+    """The same vLLM, asked by a Python in which it says another version of itself."""
+    script = (
+        "import runpy, sys, vllm; vllm.__version__ = '0.99.0'; sys.argv = sys.argv[1:]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(VLLM)} -c {shlex.quote(script)} "$@"\n')
+    python.chmod(0o755)
+    code, record, changed = verified(tuned / "recipe.json", python=str(python))
+    assert (code, record["verdict"], changed) == (1, "FAIL", ["engine.version"]), record
+    assert verified(tuned / "recipe.json", "--accept", "engine.version", python=str(python))[0] == 0
+
+
+def test_a_recipe_of_vllm_edited_by_hand_is_refused(tuned: Path, tmp_path: Path) -> None:
+    data = json.loads((tuned / "recipe.json").read_text())
+    data["configuration"]["knobs"]["block_size"] *= 2
+    (tmp_path / "recipe.json").write_text(json.dumps(data))
+    code, record, _ = verified(tmp_path / "recipe.json")
+    assert code == 2 and "content hash differs" in record["error"]["message"]
