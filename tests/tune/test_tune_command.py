@@ -80,6 +80,25 @@ def test_a_squeeze_is_proven_only_when_asked_and_the_command_repeats_it(
     assert "cannot read one plane of two" in capsys.readouterr().err
 
 
+def test_a_squeeze_leaves_the_margin_to_the_planes_unless_told_otherwise(
+    layered: Any, model: Path, trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "open_target", lambda *_, **__: (layered(), 48, 512))
+    asked = {
+        "plain": [],
+        "squeeze": ["--squeeze"],
+        "both": ["--squeeze", "--per-layer"],
+        "none": ["--no-per-layer"],
+    }
+    found: dict[str, dict[str, Any]] = {}
+    for name, flags in asked.items():
+        out = tmp_path / name
+        assert main([*arguments(model, trace, out), *flags]) == 0
+        found[name] = json.loads((out / "result.json").read_text())
+        assert {*flags} == {*found[name]["command"].split()} & {"--squeeze", "--per-layer", "--no-per-layer"}
+    assert [name for name, record in found.items() if record["layers"] is not None] == ["plain", "both"]
+
+
 def test_an_interrupt_exits_130_and_says_how_to_resume(
     target: Any, model: Path, trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

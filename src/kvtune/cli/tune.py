@@ -63,8 +63,14 @@ def tune(
         str, typer.Option(help="What counts as harm: near-lossless | balanced | aggressive.")
     ] = "near-lossless",
     per_layer: Annotated[
-        bool, typer.Option(help="Also search codecs layer by layer (kvtune's engine).")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--per-layer/--no-per-layer",
+            help="Also search codecs layer by layer (kvtune's engine); default yes, with --squeeze no: they "
+            "would spend the margin that planes need.",
+            show_default=False,
+        ),
+    ] = None,
     squeeze: Annotated[
         bool,
         typer.Option(
@@ -100,6 +106,7 @@ def tune(
     from kvtune.tune import TuneSettings, check_output, parse_slo, run
 
     folder = out or Path("kvtune-demo" if demo else "kvtune-out")
+    per_layer = not squeeze if per_layer is None else per_layer
     if demo and threads is None:
         threads = 1  # the model is small, and one thread is not stalled by whatever else this machine does
     # With equal row counts, products in float32 on one thread give a row the same bits in any batch: what is
@@ -133,7 +140,7 @@ def tune(
                          out=out, slo=slo, margin=margin, dtype=dtype, seed=seed, scale=scale,
                          max_model_len=max_model_len, num_requests=num_requests, vllm_python=vllm_python,
                          trace_block_size=trace_block_size, threads=threads, high_value=high_value,
-                         judge=judge, per_layer=per_layer, squeeze=squeeze or None,
+                         judge=judge, per_layer=per_layer, squeeze=squeeze,
                          price_per_hour=price_per_hour),
         questions=gate_questions(requests, tokens, model_path, max_model_len=length, seed=seed,
                                  high_value=high_value, judge=judge),
@@ -173,13 +180,14 @@ def _interrupted(folder: Path, command: str) -> str:
 def _command(model: Path | None, workload: Path | None, *, demo: bool, **flags: Any) -> str:
     """The command that repeats this run: what differs from the defaults."""
     defaults = {"engine": "kvtune", "kv_budget": "1GiB", "margin": "near-lossless", "dtype": "auto",
-                "seed": 0, "scale": 1.0, "per_layer": True}  # fmt: skip
+                "seed": 0, "scale": 1.0, "per_layer": not flags["squeeze"], "squeeze": False}  # fmt: skip
     words = ["kvtune", "tune", *([] if model is None else [str(model)]), *(["--demo"] if demo else [])]
     for name, value in {"workload": workload, **flags}.items():
-        if value is False:
-            words.append(f"--no-{name.replace('_', '-')}")
-        elif value is True and name not in defaults:
-            words.append(f"--{name.replace('_', '-')}")
-        elif value is not None and value != defaults.get(name):
-            words += [f"--{name.replace('_', '-')}", str(value)]
+        flag = name.replace("_", "-")
+        if value is None or value == defaults.get(name):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", str(value)]
     return shlex.join(words)
