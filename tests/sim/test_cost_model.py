@@ -15,7 +15,7 @@ from kvtune.sched.shape import CALIBRATION_VERSION, SHAPE_COLUMNS, ReadGeometry
 from kvtune.sim import FittedCost, RooflineCost, load_calibration
 from kvtune.sim.nnls import nonnegative_least_squares
 from kvtune.spec import ModelSpec
-from kvtune.types import ScheduledChunk, SchedulerOutput
+from kvtune.types import Admission, MissCause, ScheduledChunk, SchedulerOutput
 
 
 def random_shapes(rng, count):
@@ -162,7 +162,10 @@ def test_a_calibration_file_is_read_back_with_its_facts(tmp_path: Path):
         ("{", "not JSON"),
         ("[1]", "not a calibration file"),
         (json.dumps({"calibration_version": 1}), "not a calibration file"),
-        (json.dumps(calibration(calibration_version=9)), "calibration version 9, this kvtune reads 2"),
+        (
+            json.dumps(calibration(calibration_version=9)),
+            f"version 9, this kvtune reads {CALIBRATION_VERSION}",
+        ),
         (json.dumps(calibration(seconds=[1.0])), "1 times do not belong to shapes"),
         (json.dumps(calibration(shapes=[[1, 2]], seconds=[1.0])), "do not belong to shapes"),
         (
@@ -222,6 +225,22 @@ def test_a_block_that_several_sequences_hold_counts_once_in_distinct_bytes():
         zip(SHAPE_COLUMNS, geometry.row(SchedulerOutput(step=1, others=tuple(chunks[:1]))), strict=True)
     )
     assert alone["distinct_bytes"] == alone["decode_bytes"]
+
+
+def test_requests_that_leave_the_queue_count_with_all_their_tokens():
+    geometry = ReadGeometry.of(ModelSpec.from_config(GEMMA).kv_groups(), CacheConfig(block_size=16))
+    chunks = (chunk("a", 32, 8, [0, 1, 2], [0, 1, 2]), chunk("b", 0, 8, [3], [3]))
+    found = Admission(request_id="a", num_cached_tokens=32, misses={MissCause.NEVER_SEEN: 8})
+    row = dict(
+        zip(
+            SHAPE_COLUMNS,
+            geometry.row(SchedulerOutput(step=1, others=chunks, admitted=(found,))),
+            strict=True,
+        )
+    )
+    assert row["num_admitted"] == 1
+    assert row["admitted_tokens"] == 40
+    assert row["num_prefills"] == 2
 
 
 def test_pairs_and_bytes_of_a_prefill_are_those_counted_query_by_query():

@@ -76,6 +76,15 @@ def test_calibration_measures_steps_of_many_shapes_and_leaves_the_engine_as_it_w
     assert found.facts["hardware"]["num_cpus"] >= 1
 
 
+def test_rounds_that_are_counted_make_the_same_steps_every_time(folder: Path) -> None:
+    scheduler = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=64)
+    with Engine.from_pretrained(folder, cache=CacheConfig(kv_budget="1MiB"), scheduler=scheduler) as engine:
+        one, again, other = (calibrate(engine, num_rounds=12, seed=seed) for seed in (3, 3, 4))
+    assert one.shapes == again.shapes
+    assert one.shapes != other.shapes
+    assert len(one.shapes) == 12 * 24
+
+
 def test_a_calibration_made_by_the_command_drives_a_simulation(
     folder: Path, trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

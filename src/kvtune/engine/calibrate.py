@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -27,6 +27,8 @@ __all__ = ["Calibration", "StepTimer", "calibrate"]
 
 _ROUND_S: Final = 0.2
 """Short, so that no kind of load falls into one spell of a machine whose speed drifts."""
+_ROUND_STEPS: Final = 24
+"""The same, where rounds are to repeat step by step."""
 _WARM_UP_S: Final = 1.0
 _LONGEST_ANSWER: Final = 256
 _MEAN_ANSWER: Final = 64
@@ -114,32 +116,57 @@ def calibrate(
     engine: Engine,
     *,
     seconds: float = 45.0,
+    num_rounds: int | None = None,
     seed: int = 0,
     clock: Callable[[], float] = time.perf_counter,
     on_progress: Callable[[float], None] | None = None,
 ) -> Calibration:
     """Measure for about `seconds`; `on_progress` gets the share done. The engine must be idle, its prefix
-    cache is emptied. Nothing else should run on the machine meanwhile."""
+    cache is emptied. Nothing else should run on the machine meanwhile.
+
+    With `num_rounds` the rounds end by steps, not by time: every call with the same seed makes the same
+    steps, so that each can be timed several times, apart from what disturbs the machine for a moment.
+    """
     engine.reset_prefix_cache()
     timer = StepTimer(engine, clock=clock)
     load = _Load(engine, timer, np.random.default_rng(seed))
     original = engine.scheduler_config
     try:
         begin = clock()
-        load.round(clock, _WARM_UP_S)
+        if num_rounds is None:
+            load.round(_until(clock, _WARM_UP_S))
+        else:
+            load.round(iter(range(_ROUND_STEPS)))
         timer.calibration.shapes.clear()
         timer.calibration.seconds.clear()
         timer.calibration.submissions.clear()
-        while (spent := clock() - begin) < seconds:
+        shares = _shares(clock, begin, seconds) if num_rounds is None else _counted(num_rounds)
+        for share in shares:
             if on_progress is not None:
-                on_progress(spent / seconds)
-            load.round(clock, _ROUND_S)
+                on_progress(share)
+            load.round(_until(clock, _ROUND_S) if num_rounds is None else iter(range(_ROUND_STEPS)))
     finally:
         load.end()
         timer.close()
         engine.configure(original)
         engine.reset_prefix_cache()
     return timer.calibration
+
+
+def _shares(clock: Callable[[], float], begin: float, seconds: float) -> Iterator[float]:
+    """The share of the time spent, before each round."""
+    while (spent := clock() - begin) < seconds:
+        yield spent / seconds
+
+
+def _counted(num_rounds: int) -> Iterator[float]:
+    return (number / num_rounds for number in range(num_rounds))
+
+
+def _until(clock: Callable[[], float], seconds: float) -> Iterator[int]:
+    """Steps of a round, counted until its time is over."""
+    end = clock() + seconds
+    return itertools.takewhile(lambda _: clock() < end, itertools.count())
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,15 +200,14 @@ class _Load:
         self._live: list[str] = []
         self._ids = itertools.count()
 
-    def round(self, clock: Callable[[], float], seconds: float) -> None:
+    def round(self, steps: Iterator[int]) -> None:
         engine = self._engine
         fewer = max(0.0, self._rng.uniform(-3.0, 3.0))  # half of the rounds have the engine's own budget
         budget = max(16, round(self._config.max_num_batched_tokens * 2.0**-fewer))
         engine.configure(replace(self._config, max_num_batched_tokens=budget))
         mix = self._mix(min(self._config.max_num_seqs, budget))
         self._keep(mix.concurrency // 2)
-        end = clock() + seconds
-        while clock() < end:
+        for _ in steps:
             while len(self._live) < mix.concurrency:
                 self._live.append(self._send(mix))
             self._timer.step()

@@ -20,17 +20,19 @@ __all__ = ["CALIBRATION_VERSION", "SHAPE_COLUMNS", "ReadGeometry", "ShapeRows"]
 
 SHAPE_COLUMNS = (
     "num_decodes", "num_prefills", "prefill_tokens", "num_samples", "decode_bytes", "prefill_bytes",
-    "prefill_pairs", "distinct_bytes",
+    "prefill_pairs", "distinct_bytes", "num_admitted", "admitted_tokens",
 )  # fmt: skip
 """Columns of `ShapeRows`. A decode is a chunk of one token, every longer chunk a prefill.
 
 num_samples: sequences whose next token is sampled. decode_bytes, prefill_bytes: KV bytes of all layers
 that decodes read, and that prefill chunks read when each key is read once. prefill_pairs: query-key
 pairs of prefill chunks, summed over layers. distinct_bytes: KV bytes read when a block that several
-sequences of the step share is counted once: the others find it in the processor's cache.
+sequences of the step share is counted once: the others find it in the processor's cache. num_admitted,
+admitted_tokens: requests that left the queue for this step, and their tokens, cached or not: looked up,
+taken from the idle blocks, published.
 """
 
-CALIBRATION_VERSION = 2
+CALIBRATION_VERSION = 3
 """Format of files that hold measured steps as rows of these columns."""
 
 ShapeRows = npt.NDArray[np.float64]
@@ -62,6 +64,7 @@ class ReadGeometry:
         return self.row_of(
             [(chunk.start, chunk.num_tokens, chunk.samples) for chunk in step.others],
             decode_starts=() if decodes is None else decodes.starts.tolist(),
+            admitted=[a.num_cached_tokens + sum(a.misses.values()) for a in step.admitted],
             repeated_bytes=self._repeated_bytes(step),
         )
 
@@ -88,10 +91,12 @@ class ReadGeometry:
         chunks: Sequence[tuple[int, int, bool]],
         *,
         decode_starts: Sequence[int] = (),
+        admitted: Sequence[int] = (),
         repeated_bytes: float = 0.0,
     ) -> list[float]:
         """One row of `ShapeRows` for (tokens computed before, tokens in the chunk, samples), and for
-        sequences that compute one token behind each of `decode_starts` and sample."""
+        sequences that compute one token behind each of `decode_starts` and sample. `admitted`: tokens of
+        each request that was admitted for it."""
         prefills = [(start, n) for start, n, _ in chunks if n != 1]
         decode_keys = [start + 1 for start in decode_starts] + [start + 1 for start, n, _ in chunks if n == 1]
         decode_bytes = prefill_bytes = pairs = 0.0
@@ -113,6 +118,8 @@ class ReadGeometry:
             prefill_bytes,
             pairs,
             max(0.0, decode_bytes + prefill_bytes - repeated_bytes),
+            float(len(admitted)),
+            float(sum(admitted)),
         ]
 
     def decode_rows(

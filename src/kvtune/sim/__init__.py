@@ -7,6 +7,7 @@ from kvtune.sim.cost_model import (
     RooflineCost,
     load_calibration,
     median_by_shape,
+    shape_cells,
 )
 from kvtune.sim.report import ServeTargets, run_report
 from kvtune.sim.requests import SimRequest, SimWorkload, of_tokens, of_trace
@@ -28,4 +29,5 @@ __all__ = [
     "of_tokens",
     "of_trace",
     "run_report",
+    "shape_cells",
 ]

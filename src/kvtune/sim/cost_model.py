@@ -6,6 +6,7 @@ models, with one engine's steps in place of an operator database)::
     seconds = fixed + matmul(rows) + per sequence + per sampled token
               + bytes of KV decodes read + bytes prefill reads + query-key pairs of prefill
               + distinct bytes of KV (a shared prefix is fetched from memory once)
+              + requests admitted + tokens of theirs
 
 `matmul` is a monotone piecewise-linear curve over the rows of the step: weights are read once however few
 rows there are, tiles fill at some widths and not at others, and no straight line fits that. Taking in a
@@ -30,7 +31,15 @@ from kvtune.errors import InputFileError, UsageError
 from kvtune.sched.shape import CALIBRATION_VERSION, SHAPE_COLUMNS, ShapeRows
 from kvtune.sim.nnls import nonnegative_least_squares
 
-__all__ = ["CostModel", "FitError", "FittedCost", "RooflineCost", "load_calibration", "median_by_shape"]
+__all__ = [
+    "CostModel",
+    "FitError",
+    "FittedCost",
+    "RooflineCost",
+    "load_calibration",
+    "median_by_shape",
+    "shape_cells",
+]
 
 Floats = npt.NDArray[np.float64]
 ROW_KNOTS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -228,7 +237,7 @@ class RooflineCost:
                 raise UsageError(f"roofline: {name} must be above zero, found {getattr(self, name)}")
 
     def seconds(self, shapes: ShapeRows) -> Floats:
-        decodes, _, prefill_tokens, _, decode_bytes, prefill_bytes, pairs, _ = shapes.T
+        decodes, _, prefill_tokens, _, decode_bytes, prefill_bytes, pairs = shapes.T[:7]
         bandwidth, flops = self.bandwidth * self.efficiency, self.flops * self.efficiency
         rows = decodes + prefill_tokens
         linear = np.maximum(self.weights_bytes / bandwidth, 2 * self.num_parameters * rows / flops)
@@ -346,11 +355,15 @@ def _held_out(shapes: ShapeRows) -> npt.NDArray[np.bool_]:
     return (composition % _HOLD_OUT == _HOLD_OUT // 2) & (composition < composition.max())
 
 
+def shape_cells(shapes: ShapeRows) -> Floats:
+    """Rows [n, columns] that are equal where steps are alike: bytes and pairs within a sixteenth octave."""
+    is_counted = np.array([name.startswith("num_") or name == "prefill_tokens" for name in SHAPE_COLUMNS])
+    return np.where(is_counted, shapes, np.round(16 * np.log2(1.0 + shapes / 4096.0)))
+
+
 def median_by_shape(shapes: ShapeRows, seconds: Floats) -> tuple[ShapeRows, Floats]:
     """Median shape and time of steps that are alike, in order of shape so that holding out is even."""
-    exact = shapes[:, :4]
-    coarse = np.round(16 * np.log2(1.0 + shapes[:, 4:] / 4096.0))
-    _, group = np.unique(np.concatenate((exact, coarse), axis=1), axis=0, return_inverse=True)
+    _, group = np.unique(shape_cells(shapes), axis=0, return_inverse=True)
     order = np.argsort(group.reshape(-1), kind="stable")
     cells = np.split(order, np.cumsum(np.bincount(group.reshape(-1)))[:-1]) if len(order) else []
     if not cells:
