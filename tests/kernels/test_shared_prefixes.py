@@ -7,8 +7,9 @@ from test_parity import TOLERANCE, masking
 from test_write_bytes import native
 
 from kvtune.codecs import CODECS
-from kvtune.kernels import choose_backend, paged_attention
+from kvtune.kernels import AttentionBatch, LayerCache, choose_backend, paged_attention
 from kvtune.kernels.reference import Masking
+from kvtune.spec import PackedLayout
 
 REFERENCE = choose_backend("reference")
 ISAS = ["avx512_bf16", "avx512", "avx2", "portable"]
@@ -65,11 +66,46 @@ def test_what_is_shared_is_read_once():
 
     assert saved(ROWS) == 4 * 1280  # 0, 1, 2, 5 and 6; 3 would cost them 768 tokens each
     assert saved([1, 0, 1, 1, 1, 1, 0]) == max(2 * 1280, 3 * 512)
-    assert saved([1, 0, 0, 1, 1, 0, 0]) == 0
+    assert saved([1, 0, 0, 1, 1, 0, 0]) == 512
     assert saved([1, 0, 90, 0, 1, 90, 0]) == 0
     assert saved(ROWS, window=4096) == 0
-    more_heads = shared_case(k_codec="int8", v_codec="int8", group=4)
-    assert library.saved_tokens(more_heads.num_heads, more_heads.cache, more_heads.batch(ROWS)) == 0
+    little = shared_case(LENGTHS, {1: (0, 240)}, k_codec="int8", v_codec="int8", group=1)
+    assert library.saved_tokens(little.num_heads, little.cache, little.batch(ROWS)) == 0
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(
+    "codecs", [("int8", "int8"), ("n8_rh", "int4"), ("bf16", "bf16"), ("int8", "bf16"), ("fp8", "fp8")]
+)
+def test_rows_enough_for_products_of_bytes_share_no_prefix_that_a_cache_holds(isa, codecs):
+    """Four query heads to a KV head: only what decodes codes to floats, or multiplies floats, gains."""
+    case = shared_case(k_codec=codecs[0], v_codec=codecs[1], group=4)
+    has_byte_products = isa.startswith("avx512") and not {"bf16", "fp8"} & set(codecs)
+    saved = native(isa).library.saved_tokens(case.num_heads, case.cache, case.batch(ROWS))
+    assert saved == (0 if has_byte_products else 4 * 1280)
+
+
+def test_they_share_one_that_no_cache_holds():
+    library = native("auto").library
+    if not library.isa.startswith("avx512"):
+        pytest.skip("no products of bytes here")
+    layout = PackedLayout(
+        block_size=16, num_kv_heads=8, k_head_dim=256, v_head_dim=256, k_codec="int8", v_codec="int8"
+    )
+    cache = LayerCache.allocate(layout, 1)
+    enough = -(-(48 << 20) // layout.block_bytes) + 4
+
+    def saved(num_blocks):
+        context = num_blocks * 16 + 5
+        tables = torch.zeros(2, num_blocks + 1, dtype=torch.int32)  # one block over and over
+        batch = AttentionBatch(
+            torch.arange(3, dtype=torch.int32), torch.full((2,), context, dtype=torch.int32), tables,
+            torch.full((2,), -1),
+        )  # fmt: skip
+        return library.saved_tokens(8 * 4, cache, batch)
+
+    assert saved(enough) == enough * 16 // 64 * 64
+    assert saved(enough // 2) == 0
 
 
 @pytest.mark.parametrize("num_tokens", [240, 512, 528, 1024, 1040, 2048, 2112])

@@ -20,7 +20,7 @@ from kvtune.spec import PackedLayout
 
 __all__ = ["MAX_HEAD_DIM", "NativeLibrary", "library_path"]
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 MAX_HEAD_DIM = 512
 CODEC_NUMBERS = {
     "fp32": 0, "bf16": 1, "fp16": 2, "int8": 3, "int4": 4, "fp8": 5, "int4_rh": 6, "n8_rh": 7, "n4_rh": 8,
@@ -199,7 +199,7 @@ class NativeLibrary:
             num_heads=num_heads,
             window=window or 0,
         )
-        saved = int(self._library.kvtune_saved_tokens(ctypes.byref(args)))
+        saved = int(self._library.kvtune_saved_tokens(ctypes.byref(args), self._isa))
         if saved < 0:
             raise InvariantError(f"kvtune_saved_tokens: {STATUS[2]}")
         return saved

@@ -220,7 +220,7 @@ template <class F> int guarded(F&& body) {
 
 #define KV_EXPORT extern "C" __attribute__((visibility("default")))
 
-KV_EXPORT int32_t kvtune_abi_version() { return 6; }
+KV_EXPORT int32_t kvtune_abi_version() { return 7; }
 
 // Index of an instruction set by name, or of the best one for "auto"; -1 if this machine or build lacks it.
 KV_EXPORT int32_t kvtune_find_isa(const char* name) {
@@ -252,18 +252,19 @@ KV_EXPORT int32_t kvtune_attention(const KvAttention* a, int32_t isa_index) {
   if (isa == nullptr || !kvtune::valid(a->cache) || !kvtune::fits(*a)) return KV_BAD_ARGUMENT;
   kvtune::clear_padding(*a);
   return kvtune::guarded([&] {
-    const kvtune::Plan plan = kvtune::make_plan(*a);
+    const kvtune::Plan plan = kvtune::make_plan(*a, isa->attention->has_byte_products);
     const int status = kvtune::run_tasks(*isa->attention, *a, plan.shared);
     return status != KV_OK ? status : kvtune::run_tasks(*isa->attention, *a, plan.own);
   });
 }
 
 // Tokens of K and V that kvtune_attention with these arguments reads once less, for being shared; -1 if refused.
-KV_EXPORT int64_t kvtune_saved_tokens(const KvAttention* a) {
-  if (!kvtune::valid(a->cache) || !kvtune::fits(*a)) return -1;
+KV_EXPORT int64_t kvtune_saved_tokens(const KvAttention* a, int32_t isa_index) {
+  const kvtune::Isa* isa = kvtune::isa_at(isa_index);
+  if (isa == nullptr || !kvtune::valid(a->cache) || !kvtune::fits(*a)) return -1;
   int64_t saved = -1;
   kvtune::guarded([&] {
-    saved = kvtune::make_plan(*a).saved_tokens;
+    saved = kvtune::make_plan(*a, isa->attention->has_byte_products).saved_tokens;
     return KV_OK;
   });
   return saved;

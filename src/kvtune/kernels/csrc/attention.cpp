@@ -21,5 +21,5 @@ namespace {
 #include "attention.h"
 }  // namespace
 
-const AttentionTable attention_table = {attend_split, load_queries, merge, finish};
+const AttentionTable attention_table = {attend_split, load_queries, merge, finish, has_byte_products};
 }  // namespace kvtune::KVTUNE_ISA

@@ -152,10 +152,13 @@ KV_INLINE KeyRange visible_keys(const KvAttention& a, const Task& task, int spli
   return {a.window > 0 ? max_of(low, band.position[0] - a.window + 1) : low, high};
 }
 
-// What `next` will read: its codes while those of `group` are read, its strips, a line or two a side, at once.
-KV_INLINE void look_ahead(TokenGroup& group, const TokenGroup& next, int B) {
-  group.next_k = next.k;
-  group.next_v = next.v;
+// What is fetched meanwhile. While keys of `group` are read, those of `next`, a tile later, likewise values; its
+// strips, a line or two a side, at once. Two tiles of floats do not fit an L1: there the values of `group` come while
+// its keys are read (`has_equal_sides`), then the next keys.
+KV_INLINE void look_ahead(TokenGroup& group, const TokenGroup& next, int B, bool has_equal_sides) {
+  const bool is_half_ahead = has_equal_sides && !has_scale(group.k_form) && group.k_form == group.v_form;
+  group.next_k = is_half_ahead ? group.v : next.k;
+  group.next_v = is_half_ahead ? next.k : next.v;
   group.next_k_low = next.k_low == nullptr ? next.k : next.k_low;
   group.next_v_low = next.v_low == nullptr ? next.v : next.v_low;
   if (has_scale(next.k_form)) __builtin_prefetch(next.k_strip);
@@ -174,7 +177,8 @@ static int attend_tile(const KvAttention& a, const Task& task, int tile_key, con
   const int stop = (min_of(ranges[bands - 1].high - tile_key, TILE) + GROUP - 1) / GROUP;
   for (int g = at; g < stop; g++) {
     if (groups[g].k == nullptr) return KV_BAD_BLOCK;
-    look_ahead(groups[g], next[g].k == nullptr ? groups[g] : next[g], a.cache->block_size);
+    look_ahead(groups[g], next[g].k == nullptr ? groups[g] : next[g], a.cache->block_size,
+               Dk == Dv && bands < PANEL_BANDS);
   }
   const int context_len = a.context_len[task.seq];
   if (tile_key + stop * GROUP > context_len)

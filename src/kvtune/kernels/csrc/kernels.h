@@ -199,6 +199,8 @@ struct AttentionTable {
   void (*merge)(const Partial& part, Partial& running, int rows, int dim);
   // Of one band: apply sinks, normalise, store out and lse.
   void (*finish)(const KvAttention&, const Task&, int band, const Partial&);
+  // Whether integer codes are multiplied as they are; else they are decoded to floats first.
+  bool has_byte_products;
 };
 
 struct WriteTable {

@@ -16,9 +16,10 @@ namespace {
 
 constexpr int MAX_SHARED_ROWS = QUERY_TILE / 2;  // a sequence with more fills passes over the keys by itself
 constexpr int MIN_SHARED_TOKENS = 4 * TILE;
-// Fewer tokens saved for each head of a group do not pay for handing over the state. Heads that share a KV head
-// already read it once, and more rows to a pass are not faster by themselves: measured with int8 on Zen 5.
-constexpr int64_t MIN_SAVED_TOKENS = 2048;
+// Products of bytes take as long for a row beside this many others as beside more: for rows that share a KV head
+// anyway, another pass over a prefix costs nothing but its reading, and that little while a cache holds it.
+constexpr int64_t FULL_ROWS = 4;
+constexpr int64_t CACHED_BYTES = int64_t{48} << 20;  // more than most cores find in a last-level cache
 
 struct Plan {
   std::vector<QueryRow> rows;
@@ -71,22 +72,38 @@ OrderedTables order_tables(const KvAttention& a) {
   return order;
 }
 
+bool is_integer_codec(int codec) { return codec >= KV_INT8 && codec != KV_FP8; }
+
+// Whether these sequences gain by attending their first `num_tokens` keys together. Measured on Zen 5, one thread, head
+// dim 128, 8 sequences: in 16 bit 1.1 times from 256 tokens on and 1.8 at 4k; int8 1.2 to 2 with one or two query heads
+// to a KV head; with four 0.93 to 1.02 up to 34 MB of prefix (the L3 has 32) and 1.5 at 68 MB.
+bool pays(const KvAttention& a, bool has_byte_products, const int* seqs, int num_seqs, int num_tokens) {
+  if (num_tokens < MIN_SHARED_TOKENS) return false;
+  const KvArena& body = a.cache->body;
+  if (!has_byte_products || !is_integer_codec(body.k.codec) || !is_integer_codec(body.v.codec)) return true;
+  if ((num_seqs - 1) * int64_t{num_tokens} < 2 * MIN_SHARED_TOKENS) return false;  // as fast, or a little slower
+  int64_t rows = 0;
+  for (int i = 0; i < num_seqs; i++) rows += num_query_rows(a, seqs[i]) * heads_of_group(a);
+  if (rows < FULL_ROWS * num_seqs) return true;
+  const int64_t low = (body.k.low == nullptr ? 0 : body.k.low_bytes) + (body.v.low == nullptr ? 0 : body.v.low_bytes);
+  return num_tokens / a.cache->block_size * (body.block_bytes + low) >= CACHED_BYTES;
+}
+
 // The prefixes in [begin, end) that save most: what all of it shares, or what its parts share, whichever is more.
-int64_t choose_prefixes(const KvAttention& a, const OrderedTables& order, int begin, int end,
+int64_t choose_prefixes(const KvAttention& a, bool has_byte_products, const OrderedTables& order, int begin, int end,
                         std::vector<SharedPrefix>& chosen) {
   if (end - begin < 2) return 0;
   const auto first = order.same.begin();
   const int least = *std::min_element(first + begin + 1, first + end);
   const int tokens = least * a.cache->block_size / TILE * TILE;
   const int64_t saved = static_cast<int64_t>(end - begin - 1) * tokens;
-  const bool pays = tokens >= MIN_SHARED_TOKENS && saved >= MIN_SAVED_TOKENS * heads_of_group(a);
-  const int64_t here = pays ? saved : 0;
+  const int64_t here = pays(a, has_byte_products, order.seqs.data() + begin, end - begin, tokens) ? saved : 0;
   const size_t before = chosen.size();
   int64_t parts = 0;
   for (int i = begin; i < end;) {
     int stop = i + 1;
     while (stop < end && order.same[static_cast<size_t>(stop)] > least) stop++;
-    parts += choose_prefixes(a, order, i, stop, chosen);
+    parts += choose_prefixes(a, has_byte_products, order, i, stop, chosen);
     i = stop;
   }
   if (here == 0 || parts > here) return parts;
@@ -148,14 +165,14 @@ void add_prefix(const KvAttention& a, const int* seqs, int num_seqs, int num_tok
   }
 }
 
-Plan make_plan(const KvAttention& a) {
+Plan make_plan(const KvAttention& a, bool has_byte_products) {
   Plan plan;
   std::vector<SharedPrefix> prefixes;
   OrderedTables order;
   if (a.window <= 0 && a.num_seqs > 1) {
     order = order_tables(a);
     plan.saved_tokens =
-        choose_prefixes(a, order, 0, static_cast<int>(order.seqs.size()), prefixes);
+        choose_prefixes(a, has_byte_products, order, 0, static_cast<int>(order.seqs.size()), prefixes);
   }
   std::vector<bool> is_shared(static_cast<size_t>(a.num_seqs));
   int64_t num_shared = 0;  // query rows

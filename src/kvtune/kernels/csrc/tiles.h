@@ -15,7 +15,7 @@ struct TokenGroup {
   const uint8_t* v;
   const uint16_t* k_strip;
   const uint16_t* v_strip;
-  const uint8_t* next_k;  // the group a tile later: each stored line read fetches its counterpart there
+  const uint8_t* next_k;  // what is fetched while K is read, and while V is: see look_ahead
   const uint8_t* next_v;
   const uint8_t* k_low;  // null without a low plane
   const uint8_t* v_low;

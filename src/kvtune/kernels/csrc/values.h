@@ -1,9 +1,22 @@
 // Weighted values of one tile of keys, and the choice of instances. Included in the namespace of one instruction set,
 // after tiles.h.
 
+// Fetches groups in the order of their lines while values are read in columns: memory, and what the processor fetches
+// by itself, like lines in order. (For codes, whose products take as long as reading, counting them costs more.)
+struct LineFetch {
+  const TokenGroup* group;
+  int64_t at, bytes;  // in what is fetched for `group`; its size
+};
+template <int N> KV_INLINE void fetch_lines(LineFetch& next) {
+  for (int n = 0; n < N; n++) __builtin_prefetch(next.group->next_v + next.at + n * WIDTH * 4);
+  next.at += N * WIDTH * 4;
+  if (next.at >= next.bytes) next.at = 0, next.group++;
+}
+
 // acc[r][dims from d0] += weights x values, NV vectors of dims at a time.
 template <int CODEC, int R, int NV>
-KV_INLINE void add_values(const TokenGroup* groups, int at, int count, int d0, int dim, Work& work, float* out) {
+KV_INLINE void add_values(const TokenGroup* groups, int at, int count, int d0, int dim, Work& work, LineFetch& fetched,
+                          float* out) {
   constexpr int E = Elements<CODEC>::count;
   VF acc[R][NV];
   for (int r = 0; r < R; r++)
@@ -15,8 +28,9 @@ KV_INLINE void add_values(const TokenGroup* groups, int at, int count, int d0, i
       for (int n = 0; n < NV; n++) {
         word[n] = load<VU>(base + n * WIDTH * 4);
         if constexpr (CODEC == KV_N8_RH) low[n] = load<VU>(groups[g].v_low + (row * dim + d0 + n * WIDTH) * 4);
-        if constexpr (!is_panel(CODEC)) __builtin_prefetch(next + n * WIDTH * 4);
+        if constexpr (!is_panel(CODEC) && has_scale(CODEC)) __builtin_prefetch(next + n * WIDTH * 4);
       }
+      if constexpr (!is_panel(CODEC) && !has_scale(CODEC)) fetch_lines<NV>(fetched);
       const float* weight = work.weights + g * GROUP + row * E;
 #define KV_STEP(J)                                                        \
   if constexpr (J < E) {                                                  \
@@ -132,18 +146,16 @@ static void quantise_weights(const TokenGroup* groups, int rows, int B, bool kee
 // 3 to 16 % more time at decode, 24 to 36 % at prefill.)
 template <int CODEC, int R, int NV>
 KV_INLINE void add_values_bf16(const TokenGroup* groups, int at, int count, int d0, int dim, const Work& work,
-                               float* out) {
+                               LineFetch& fetched, float* out) {
   VF acc[R][NV];
   for (int r = 0; r < R; r++)
     for (int n = 0; n < NV; n++) acc[r][n] = load<VF>(out + r * MAX_DIM + d0 + n * WIDTH);
   for (int g = at; g < at + count; g++) {
-    const uint8_t *base = groups[g].v + d0 * 4, *next = groups[g].next_v + d0 * 4;
-    for (int row = 0; row < GROUP / 2; row++, base += dim * 4, next += dim * 4) {
+    const uint8_t* base = groups[g].v + d0 * 4;
+    for (int row = 0; row < GROUP / 2; row++, base += dim * 4) {
       VU word[NV];
-      for (int n = 0; n < NV; n++) {
-        word[n] = load<VU>(base + n * WIDTH * 4);
-        if constexpr (!is_panel(CODEC)) __builtin_prefetch(next + n * WIDTH * 4);
-      }
+      for (int n = 0; n < NV; n++) word[n] = load<VU>(base + n * WIDTH * 4);
+      if constexpr (!is_panel(CODEC)) fetch_lines<NV>(fetched);
       for (int r = 0; r < R; r++) {
         const VU pair = pair_of(work.w_bf16 + r * TILE + g * GROUP + row * 2);
         for (int n = 0; n < NV; n++) acc[r][n] = dot2(acc[r][n], word[n], pair);
@@ -191,13 +203,15 @@ static void value_groups(const TokenGroup* groups, int at, int count, int B, int
   constexpr int E = Elements<CODEC>::count, NV = units_at_once(CODEC, R);
   if constexpr (has_scale(CODEC) && !(has_byte_products && is_integer(CODEC)))
     scale_weights<CODEC, R>(groups, at, count, B, work, shift_lanes);
+  LineFetch fetched{groups + at, 0, GROUP / E * dim * 4};
   int d = 0;
 #ifdef KV_BF16_DOT
   if constexpr (base_form(CODEC) == BF16_DOT) {
     round_weights(R, at, count, work);
     for (; d + NV * WIDTH <= dim; d += NV * WIDTH)
-      add_values_bf16<CODEC, R, NV>(groups, at, count, d, dim, work, out);
-    for (; d + WIDTH <= dim; d += WIDTH) add_values_bf16<CODEC, R, 1>(groups, at, count, d, dim, work, out);
+      add_values_bf16<CODEC, R, NV>(groups, at, count, d, dim, work, fetched, out);
+    for (; d + WIDTH <= dim; d += WIDTH)
+      add_values_bf16<CODEC, R, 1>(groups, at, count, d, dim, work, fetched, out);
   }
 #endif
 #ifdef KV_VNNI
@@ -217,8 +231,9 @@ static void value_groups(const TokenGroup* groups, int at, int count, int B, int
       add_values_vnni<CODEC, R, 1>(groups, at, count, d, dim, work, sums, step, out);
   }
 #endif
-  for (; d + NV * WIDTH <= dim; d += NV * WIDTH) add_values<CODEC, R, NV>(groups, at, count, d, dim, work, out);
-  for (; d + WIDTH <= dim; d += WIDTH) add_values<CODEC, R, 1>(groups, at, count, d, dim, work, out);
+  for (; d + NV * WIDTH <= dim; d += NV * WIDTH)
+    add_values<CODEC, R, NV>(groups, at, count, d, dim, work, fetched, out);
+  for (; d + WIDTH <= dim; d += WIDTH) add_values<CODEC, R, 1>(groups, at, count, d, dim, work, fetched, out);
   for (; d < dim; d++)  // head dims that are no multiple of the vector width
     for (int r = 0; r < R; r++) {
       float acc = out[r * MAX_DIM + d];
