@@ -233,3 +233,37 @@ def test_a_pool_of_ten_million_blocks_takes_memory_as_it_fills():
     assert pool.find_run(hashes) == ids
     pool.decref(ids[::-1])
     assert pool.usage().idle == 65_536
+
+
+def _home(name, num_slots):
+    """Where csrc/pool/digest.h puts a name of 32 bytes."""
+    top = (1 << 64) - 1
+    words = np.frombuffer(name, dtype="<u8").tolist()
+    factors = (1, 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9)
+    x = sum(w * f for w, f in zip(words, factors, strict=True)) & top
+    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        x = (x ^ x >> 33) * factor & top
+    return (x ^ x >> 33) * num_slots >> 64
+
+
+def test_names_that_all_want_the_same_places_are_found_kept_apart_and_forgotten():
+    num_blocks = 60
+    num_slots = num_blocks * 5 // 3 + 16
+    rng = np.random.default_rng(5)
+    names = [n for n in (rng.bytes(32) for _ in range(12_000)) if _home(n, num_slots) in (0, num_slots - 2)]
+    assert len(names) > 120  # runs of dozens, over the end of the table
+    pool = NativePool(cache_library(), num_blocks, 0, policy="lru", max_evicted=10)
+    index = pool.index
+    held = {}
+    for step in range(4000):
+        name = names[int(rng.integers(120))]
+        if name in held:
+            (index.evict if step % 2 else index.forget)(name)
+            del held[name]
+        elif len(held) < num_blocks:
+            free = min(set(range(num_blocks)) - set(held.values()))
+            index.insert(name, free)
+            held[name] = free
+        if step % 50 == 0:
+            assert {n: index.find(n) for n in names} == {n: held.get(n) for n in names}
+            assert dict(index.items()) == held

@@ -25,6 +25,8 @@ from kvtune.types import BlockHash, BlockId, RequestId
 __all__ = ["NativeInFlight", "NativeIndex", "NativePool", "pool_library"]
 
 _PUBLISHED = 1 << 31
+_MOST_BLOCKS = 1 << 24
+"""Of one pool: its tables, and the learned policies' memory of eleven times as many, count in 28 bits."""
 
 
 def _address(block_ids: array[int]) -> int:
@@ -88,7 +90,10 @@ class NativeIndex:
 
 
 class NativePool(BlockPool):
-    """Blocks of one group in native memory: about 100 bytes a block, evictions remembered included."""
+    """Blocks of one group in native memory: 51 bytes a block, 99 with the learned policies, and what is
+    remembered of evicted ones on top."""
+
+    index: NativeIndex  # type: ignore[assignment]  # over its own memory
 
     def __init__(
         self,
@@ -379,10 +384,14 @@ class NativeInFlight(InFlight):
 
 
 def pool_library(
-    policy: str | PolicyFactory, budgets: Iterable[PoolBudget | None], native: bool | None
+    policy: str | PolicyFactory,
+    budgets: Iterable[PoolBudget | None],
+    native: bool | None,
+    *,
+    most_blocks: int = 0,
 ) -> CacheLibrary | None:
-    """The library if pools of this policy and these budgets are to be native. HostError where `native` is
-    True and they cannot be."""
+    """The library if pools of this policy, these budgets and at most so many blocks are to be native.
+    HostError where `native` is True and they cannot be."""
     if native is False:
         return None
     try:
@@ -391,10 +400,15 @@ def pool_library(
         if native:
             raise
         return None
-    has_planes = any(budget is not None and budget.plane for budget in budgets)
-    if library is not None and not has_planes and isinstance(policy, str) and policy in library.policies:
+    reason = f"do not serve policy {policy!r}"
+    if library is None:
+        reason = "were not built"
+    elif any(budget is not None and budget.plane for budget in budgets):
+        reason = "do not serve dropped planes"
+    elif most_blocks > _MOST_BLOCKS:
+        reason = f"take up to {_MOST_BLOCKS} blocks, not {most_blocks}"
+    elif isinstance(policy, str) and policy in library.policies:
         return library
     if native:
-        reason = "were not built" if library is None else f"do not serve policy {policy!r} or dropped planes"
         raise HostError(f"native block pools {reason}; leave out native=True")
     return None

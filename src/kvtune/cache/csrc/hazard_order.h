@@ -12,9 +12,11 @@
 //
 // `Tree` says who descends from whom: the cache of a replay, or that of a running engine (pool/learned.h), where
 // requests come in between each other and windows pass blocks. It needs num_unique(), capacity(), parent(b),
-// num_resident_children(b) and may_leave(b).
+// num_resident_children(b) and may_leave(b). `Records` keeps what the order knows of each block: facts(b), and
+// the links of the list it is in.
 #pragma once
 
+#include <array>
 #include <vector>
 
 #include "block_list.h"
@@ -23,22 +25,59 @@
 
 namespace kvtune::replay {
 
-template <class Tree>
+// Twelve bytes; zeros: unknown. Counts stop where no class asks further.
+struct HazardFacts {
+  static constexpr uint32_t MOST_USES = 15, MOST_CHILDREN = 3;
+
+  uint32_t queued_low;
+  uint32_t queued_high : 8;
+  uint32_t queue : 7;
+  uint32_t uses : 4;
+  uint32_t children : 2;
+  uint32_t gap : 3;
+  uint32_t state : 3;
+  int32_t release;  // the observation it is part of, but for blocks pinned since they were inserted
+
+  // Time its place in the queue counts from: block uses, up to a trillion.
+  int64_t queued() const { return int64_t{queued_high} << 32 | queued_low; }
+  void set_queued(int64_t time) {
+    queued_low = static_cast<uint32_t>(time);
+    queued_high = static_cast<uint32_t>(time >> 32) & 0xff;
+  }
+};
+static_assert(sizeof(HazardFacts) == 12);
+static_assert(NUM_CLASSES <= 1 << 7 && CLASS_LEVELS[2] <= 8);
+
+class OwnRecords {
+ public:
+  explicit OwnRecords(int64_t num_unique) : facts_(num_unique), links_(num_unique) {}
+  HazardFacts& facts(Block block) { return facts_[block]; }
+  const HazardFacts& facts(Block block) const { return facts_[block]; }
+  BlockLinks& links() { return links_; }
+  size_t bytes() const { return static_cast<size_t>(facts_.bytes()) + links_.bytes(); }
+
+ private:
+  LazyArray<HazardFacts> facts_;
+  BlockLinks links_;
+};
+
+template <class Tree, class Records = OwnRecords>
 class HazardOrder {
+  using Facts = HazardFacts;
+
  public:
   static constexpr int64_t GHOSTS = 8;  // evicted blocks remembered, in capacities
 
-  explicit HazardOrder(const Tree& tree)
-      : tree_(tree), links_(tree.num_unique()), facts_(tree.num_unique()),
-        queues_(NUM_CLASSES), open_(NUM_CLASSES, -1), waiting_(NUM_AGES), front_score_(NUM_CLASSES, 0),
+  explicit HazardOrder(const Tree& tree) : HazardOrder(tree, OwnRecords(tree.num_unique())) {}
+  HazardOrder(const Tree& tree, Records records)
+      : tree_(tree), records_(std::move(records)), queues_(NUM_CLASSES), open_(NUM_CLASSES, -1), waiting_(NUM_AGES), front_score_(NUM_CLASSES, 0),
         is_scored_(NUM_CLASSES, 0) {}
 
   size_t bytes() const {
-    return links_.bytes() + static_cast<size_t>(facts_.bytes()) + releases_.capacity() * sizeof(Release) +
-           survival_.bytes();
+    return records_.bytes() + releases_.capacity() * sizeof(Release) + survival_.bytes();
   }
 
-  bool is_known(Block block) const { return facts_[block].state != UNKNOWN; }
+  bool is_known(Block block) const { return records_.facts(block).state != UNKNOWN; }
 
   // The deepest of the leading blocks that are known; NO_BLOCK: none is.
   Block deepest_known(const Block* blocks, int64_t num) const {
@@ -56,41 +95,40 @@ class HazardOrder {
       scored_at_ = -1;
     }
     open_.assign(NUM_CLASSES, -1);
-    gap_ = deepest == NO_BLOCK ? 0 : gap_step(idle_time(facts_[deepest]));
+    gap_ = deepest == NO_BLOCK ? 0 : gap_step(idle_time(facts(deepest)));
   }
 
   void pin(Block block) {
-    Facts& facts = facts_[block];
-    if (facts.state == CANDIDATE) leave_queue(block);
-    use(facts, gap_);
+    Facts& own = facts(block);
+    if (own.state == CANDIDATE) leave_queue(block);
+    use(own, gap_);
   }
 
   // `above`: the resident block before it, NO_BLOCK where there is none.
   void insert(Block block, Block above) {
-    Facts& facts = facts_[block];
-    if (facts.state == UNKNOWN) {
-      if (above != NO_BLOCK && facts_[above].children < 255) ++facts_[above].children;
-      facts.uses = facts.children = 0;
+    Facts& own = facts(block);
+    if (own.state == UNKNOWN) {
+      if (above != NO_BLOCK && facts(above).children < Facts::MOST_CHILDREN) ++facts(above).children;
+      own.uses = own.children = 0;
     } else {
-      ghosts_.erase(links_, block);
+      ghosts_.erase(records_.links(), block);
       --num_ghosts_;
     }
-    use(facts, above == NO_BLOCK ? gap_ : facts_[above].gap);
+    use(own, above == NO_BLOCK ? gap_ : static_cast<int>(facts(above).gap));
   }
 
   void unpin(Block block) {
-    Facts& facts = facts_[block];
-    const int block_class = class_of(facts);
+    Facts& own = facts(block);
+    const int block_class = class_of(own);
     int32_t& release = open_[block_class];
     if (release < 0) release = new_release(block_class);
     ++releases_[release].num_unused;
     ++num_released_;
-    facts.release = release;
-    facts.state = CANDIDATE;
-    facts.queue = static_cast<uint8_t>(block_class);
-    facts.queued = now_;
-    queues_[block_class].push_back(links_, block);
-    is_scored_[block_class] = 0;
+    own.release = release;
+    own.state = CANDIDATE;
+    own.queue = static_cast<uint32_t>(block_class);
+    own.set_queued(now_);
+    enter_back(block_class, block);
   }
 
   Block victim() {
@@ -100,54 +138,45 @@ class HazardOrder {
       const Block block = queues_[queue].front();
       if (tree_.may_leave(block)) return block;
       leave_queue(block);
-      facts_[block].state = BLOCKED;
+      facts(block).state = BLOCKED;
     }
   }
 
   // A window passed the block while it waited for its children to leave: it need not wait any more.
   void unblock(Block block) {
-    Facts& facts = facts_[block];
-    if (facts.state != BLOCKED) return;
-    facts.state = CANDIDATE;
-    facts.queue = static_cast<uint8_t>(class_of(facts));
-    queues_[facts.queue].push_back(links_, block);
-    is_scored_[facts.queue] = 0;
+    Facts& own = facts(block);
+    if (own.state != BLOCKED) return;
+    own.state = CANDIDATE;
+    own.queue = static_cast<uint32_t>(class_of(own));
+    enter_back(static_cast<int>(own.queue), block);
   }
 
   // Before the tree hears of it. A parent that was due before its last child follows at once. Returns the block
   // that is forgotten for it, NO_BLOCK if none is.
   Block remove(Block block) {
-    Facts& facts = facts_[block];
-    if (facts.state == CANDIDATE) {
+    Facts& own = facts(block);
+    if (own.state == CANDIDATE) {
       leave_queue(block);
     } else {
-      facts.queue = static_cast<uint8_t>(class_of(facts));
+      own.queue = static_cast<uint32_t>(class_of(own));
     }
-    facts.state = GHOST;
-    ghosts_.push_back(links_, block);
+    own.state = GHOST;
+    ghosts_.push_back(records_.links(), block);
     const Block forgotten = ++num_ghosts_ > GHOSTS * tree_.capacity() ? forget() : NO_BLOCK;
     const Block p = tree_.parent(block);
-    if (p == NO_BLOCK || facts_[p].state != BLOCKED || tree_.num_resident_children(p) != 1) return forgotten;
-    facts_[p].state = CANDIDATE;
-    facts_[p].queue = facts.queue;
-    facts_[p].queued = facts.queued;
-    queues_[facts.queue].push_front(links_, p);
-    is_scored_[facts.queue] = 0;
+    if (p == NO_BLOCK || facts(p).state != BLOCKED || tree_.num_resident_children(p) != 1) return forgotten;
+    facts(p).state = CANDIDATE;
+    facts(p).queue = own.queue;
+    facts(p).set_queued(own.queued());
+    enter_front(static_cast<int>(own.queue), p);
     return forgotten;
   }
 
  private:
-  enum State : uint8_t { UNKNOWN, PINNED, CANDIDATE, BLOCKED, GHOST };  // blocked: a candidate with children
+  enum State : uint32_t { UNKNOWN, PINNED, CANDIDATE, BLOCKED, GHOST };  // blocked: a candidate with children
 
-  struct Facts {  // zeros: unknown
-    int64_t queued;   // time its place in the queue counts from
-    int32_t release;  // the observation it is part of, but for blocks pinned since they were inserted
-    uint8_t queue;
-    uint8_t uses;
-    uint8_t children;
-    uint8_t gap : 4;
-    uint8_t state : 4;
-  };
+  Facts& facts(Block block) { return records_.facts(block); }
+  const Facts& facts(Block block) const { return records_.facts(block); }
 
   // Blocks of one class released at one time: one observation of a survival curve.
   struct Release {
@@ -161,10 +190,10 @@ class HazardOrder {
     int32_t front = -1, back = -1;
   };
 
-  int class_of(const Facts& facts) const {
-    const int children = facts.children < 2 ? facts.children : 2;
-    const int uses = facts.uses <= 2 ? facts.uses - 1 : facts.uses <= 4 ? 2 : facts.uses <= 8 ? 3 : 4;
-    return (children * CLASS_LEVELS[1] + uses) * CLASS_LEVELS[2] + facts.gap;
+  int class_of(const Facts& own) const {
+    const int children = std::min<int>(own.children, 2), times = static_cast<int>(own.uses);
+    const int uses = times <= 2 ? times - 1 : times <= 4 ? 2 : times <= 8 ? 3 : 4;
+    return (children * CLASS_LEVELS[1] + uses) * CLASS_LEVELS[2] + static_cast<int>(own.gap);
   }
 
   int gap_step(int64_t gap) const {
@@ -173,53 +202,85 @@ class HazardOrder {
     return step;
   }
 
-  int64_t idle_time(const Facts& facts) const {
-    return facts.state == PINNED ? 0 : now_ - releases_[facts.release].time;
+  int64_t idle_time(const Facts& own) const {
+    return own.state == PINNED ? 0 : now_ - releases_[own.release].time;
   }
 
-  void use(Facts& facts, int gap) {
-    if (facts.state != UNKNOWN) {
-      Release& release = releases_[facts.release];
+  void use(Facts& own, int gap) {
+    if (own.state != UNKNOWN) {
+      Release& release = releases_[own.release];
       survival_.add_used(release.block_class, survival_.bucket(now_ - release.time));
       --release.num_unused;
     }
-    if (facts.uses < 255) ++facts.uses;
-    facts.gap = static_cast<uint8_t>(gap);
-    facts.state = PINNED;
+    if (own.uses < Facts::MOST_USES) ++own.uses;
+    own.gap = static_cast<uint32_t>(gap);
+    own.state = PINNED;
   }
 
   Block forget() {
     const Block block = ghosts_.front();
-    ghosts_.erase(links_, block);
+    ghosts_.erase(records_.links(), block);
     --num_ghosts_;
-    --releases_[facts_[block].release].num_unused;
-    facts_[block].state = UNKNOWN;
+    --releases_[facts(block).release].num_unused;
+    facts(block).state = UNKNOWN;
     return block;
   }
 
-  void leave_queue(Block block) {
-    queues_[facts_[block].queue].erase(links_, block);
-    is_scored_[facts_[block].queue] = 0;
+  void enter_back(int queue, Block block) {
+    if (queues_[queue].empty()) new_front(queue);
+    queues_[queue].push_back(records_.links(), block);
+    in_use_[queue >> 6] |= uint64_t{1} << (queue & 63);
   }
 
-  // Lowest score; then queued first; then the lower class.
+  void enter_front(int queue, Block block) {
+    new_front(queue);
+    queues_[queue].push_front(records_.links(), block);
+    in_use_[queue >> 6] |= uint64_t{1} << (queue & 63);
+  }
+
+  // The front of a queue changes. That of the lowest one often does without another score.
+  void new_front(int queue) {
+    is_scored_[queue] = 0;
+    if (queue != lowest_) lowest_ = -1;
+  }
+
+  void leave_queue(Block block) {
+    const int queue = static_cast<int>(facts(block).queue);
+    if (queues_[queue].front() == block) new_front(queue);
+    queues_[queue].erase(records_.links(), block);
+    if (queues_[queue].empty()) in_use_[queue >> 6] &= ~(uint64_t{1} << (queue & 63));
+  }
+
+  // Lowest score; then queued first; then the lower class. Blocks queued at one time score alike.
   int lowest_queue() {
+    const bool is_same = lowest_ >= 0 && scored_at_ == now_ && !queues_[lowest_].empty() &&
+                         queued_of(lowest_) == lowest_queued_;
+    if (!is_same) {
+      lowest_ = find_lowest();
+      if (lowest_ >= 0) lowest_queued_ = queued_of(lowest_);
+    }
+    return lowest_;
+  }
+
+  int find_lowest() {
     if (scored_at_ != now_) std::fill(is_scored_.begin(), is_scored_.end(), 0);
     scored_at_ = now_;
     int lowest = -1;
-    for (int c = 0; c < NUM_CLASSES; ++c) {
-      if (queues_[c].empty()) continue;
-      if (!is_scored_[c]) front_score_[c] = survival_.score(c, now_ - facts_[queues_[c].front()].queued);
-      is_scored_[c] = 1;
-      if (lowest < 0 || front_score_[c] < front_score_[lowest] ||
-          (front_score_[c] == front_score_[lowest] && queued_of(c) < queued_of(lowest))) {
-        lowest = c;
+    for (int word = 0; word < 2; ++word) {
+      for (uint64_t left = in_use_[word]; left != 0; left &= left - 1) {
+        const int c = 64 * word + __builtin_ctzll(left);
+        if (!is_scored_[c]) front_score_[c] = survival_.score(c, now_ - queued_of(c));
+        is_scored_[c] = 1;
+        if (lowest < 0 || front_score_[c] < front_score_[lowest] ||
+            (front_score_[c] == front_score_[lowest] && queued_of(c) < queued_of(lowest))) {
+          lowest = c;
+        }
       }
     }
     return lowest;
   }
 
-  int64_t queued_of(int queue) const { return facts_[queues_[queue].front()].queued; }
+  int64_t queued_of(int queue) const { return facts(queues_[queue].front()).queued(); }
 
   int32_t new_release(int block_class) {
     int32_t release = free_release_;
@@ -269,9 +330,9 @@ class HazardOrder {
   }
 
   const Tree& tree_;
-  BlockLinks links_;  // of the queues and of the ghosts
-  LazyArray<Facts> facts_;
+  Records records_;  // the links are those of the queues and of the ghosts
   std::vector<BlockList> queues_;
+  std::array<uint64_t, 2> in_use_{};  // queues that are not empty, a bit each
   BlockList ghosts_;  // evicted first in front
   int64_t num_ghosts_ = 0;
   int64_t clock_ = 0, now_ = 0;
@@ -286,6 +347,8 @@ class HazardOrder {
   std::vector<double> front_score_;
   std::vector<uint8_t> is_scored_;
   int64_t scored_at_ = -1;
+  int lowest_ = -1;  // as far as nothing but its front has changed since
+  int64_t lowest_queued_ = 0;
 };
 
 }  // namespace kvtune::replay

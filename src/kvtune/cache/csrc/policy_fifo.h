@@ -50,12 +50,12 @@ class Fifo : public PinnedPolicy {
   // Pins come before victims, so what the cursor has passed stays pinned until the request's end.
   Block victim() override {
     if (cursor_ == NO_BLOCK) cursor_ = order_.front();
-    while (cursor_ != NO_BLOCK && is_pinned_[cursor_]) cursor_ = links_.next[cursor_];
+    while (cursor_ != NO_BLOCK && is_pinned_[cursor_]) cursor_ = links_.next(cursor_);
     return cursor_;
   }
 
   void remove(Block block) override {
-    if (block == cursor_) cursor_ = links_.next[block];
+    if (block == cursor_) cursor_ = links_.next(block);
     order_.erase(links_, block);
   }
 

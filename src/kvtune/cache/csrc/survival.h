@@ -35,7 +35,7 @@ class Survival {
 
   Survival()
       : edges_(NUM_AGES), used_(CELLS, 0), at_risk_(CELLS, 0), new_used_(CELLS, 0), new_at_risk_(CELLS, 0),
-        scores_(CELLS, 0) {
+        scores_(CELLS, 0), is_scored_(NUM_CLASSES, 0) {
     edges_[0] = 0;
     for (int b = 1; b < NUM_AGES; ++b) edges_[b] = (b % 2 ? 16LL : 24LL) << ((b - 1) / 2);
     rebuild(1.0);
@@ -53,7 +53,11 @@ class Survival {
   }
 
   // Hits per block and use of the cache that a block of this class and age can still bring, at best.
-  double score(int block_class, int64_t age) const {
+  double score(int block_class, int64_t age) {
+    if (!is_scored_[block_class]) {
+      score_row(&hazards_[block_class * NUM_AGES], &scores_[block_class * NUM_AGES]);
+      is_scored_[block_class] = 1;
+    }
     const double* row = &scores_[block_class * NUM_AGES];
     const int b = bucket(age);
     const auto low = static_cast<double>(edges_[b]);
@@ -78,7 +82,7 @@ class Survival {
     return true;
   }
 
-  size_t bytes() const { return CELLS * (3 * sizeof(double) + 2 * sizeof(int64_t)); }
+  size_t bytes() const { return CELLS * (4 * sizeof(double) + 2 * sizeof(int64_t)); }
 
  private:
   static constexpr int CELLS = NUM_CLASSES * NUM_AGES;
@@ -115,7 +119,8 @@ class Survival {
       }
       wide = std::move(hazard);
     }
-    for (int c = 0; c < NUM_CLASSES; ++c) score_row(&wide[c * NUM_AGES], &scores_[c * NUM_AGES]);
+    hazards_ = std::move(wide);
+    std::fill(is_scored_.begin(), is_scored_.end(), 0);  // few classes are asked for before the next look
   }
 
   void score_row(const double* hazard, double* scores) const {
@@ -137,7 +142,8 @@ class Survival {
   std::vector<int64_t> edges_;
   std::vector<double> used_, at_risk_;
   std::vector<int64_t> new_used_, new_at_risk_;  // since the last look
-  std::vector<double> scores_;
+  std::vector<double> hazards_, scores_;
+  std::vector<uint8_t> is_scored_;  // by class: the scores are those of the hazards
   int64_t last_ = 0;
 };
 

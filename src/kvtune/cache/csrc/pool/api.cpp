@@ -45,13 +45,18 @@ struct Policy {
   pool::MakeOrder make;
 };
 
+std::unique_ptr<pool::Order> make_lru(pool::Links& links, const pool::DigestIndex&, int64_t, int64_t) {
+  return std::make_unique<pool::Lru>(links);
+}
+
 template <bool is_guarded>
-std::unique_ptr<pool::Order> make_learned(pool::Links& links, int64_t num_ids, int64_t capacity) {
-  return std::make_unique<pool::Learned>(links, num_ids, capacity, is_guarded);
+std::unique_ptr<pool::Order> make_learned(pool::Links& links, const pool::DigestIndex& index, int64_t num_ids,
+                                          int64_t capacity) {
+  return std::make_unique<pool::Learned>(links, index, num_ids, capacity, is_guarded);
 }
 
 const Policy POLICIES[] = {
-    {"lru", [](pool::Links& links, int64_t, int64_t) { return std::make_unique<pool::Lru>(links); }},
+    {"lru", make_lru},
     {"hazard", make_learned<false>},
     {"guarded", make_learned<true>},
 };

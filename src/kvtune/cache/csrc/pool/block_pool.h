@@ -23,7 +23,8 @@ inline PoolError about(int32_t id, const char* what) {
   return PoolError("block " + std::to_string(id) + " " + what);
 }
 
-using MakeOrder = std::function<std::unique_ptr<Order>(Links& links, int64_t num_ids, int64_t capacity)>;
+using MakeOrder = std::function<std::unique_ptr<Order>(Links& links, const DigestIndex& index, int64_t num_ids,
+                                                       int64_t capacity)>;
 
 class BlockPool {
  public:
@@ -61,7 +62,8 @@ class BlockPool {
 
   int64_t find_run(const Digest* digests, int64_t num, int32_t* out) const {
     for (int64_t i = 0; i < num; ++i) {
-      if (i + AHEAD < num) index.prefetch(digests[i + AHEAD]);
+      if (i + AHEAD < num) index.prefetch(digests[i + AHEAD].mixed());
+      if (i + AHEAD / 2 < num) index.prefetch_name(digests[i + AHEAD / 2]);
       out[i] = index.find(digests[i]);
       if (out[i] == NO_ID) return i;
     }
@@ -78,8 +80,9 @@ class BlockPool {
   void mark_seen(const Digest* digests, int64_t num, uint8_t* seen) const {
     for (int64_t i = 0; i < num; ++i) {
       if (i + AHEAD < num) {
-        index.prefetch(digests[i + AHEAD]);
-        index.evicted.prefetch(digests[i + AHEAD].mixed());
+        const uint64_t mixed = digests[i + AHEAD].mixed();
+        index.prefetch(mixed);
+        index.evicted.prefetch(mixed);
       }
       if (index.evicted.contains(digests[i].mixed()) || index.find(digests[i]) != NO_ID) seen[i] = 1;
     }
@@ -130,6 +133,7 @@ class BlockPool {
   void incref(const int32_t* ids, int64_t num) {
     for (int64_t i = 0; i < num; ++i) {
       const int32_t id = ids[i];
+      prefetch_ahead(ids, i, num);
       if (id < 0) continue;
       if (ref_count(id) == 0) {
         if (!is_published(id)) throw about(id, "is free and cannot be shared");
@@ -142,6 +146,7 @@ class BlockPool {
   void decref(const int32_t* ids, int64_t num) {
     for (int64_t i = 0; i < num; ++i) {
       const int32_t id = ids[i];
+      prefetch_ahead(ids, i, num);
       if (id < 0) continue;
       if (ref_count(id) == 0) throw about(id, "was given back more often than taken");
       --states_[id];
@@ -157,8 +162,10 @@ class BlockPool {
   void publish(int32_t* table, const Digest* digests, int64_t start, int64_t end) {
     for (int64_t i = start; i < end; ++i) {
       if (i + AHEAD < end) {
-        index.prefetch(digests[i + AHEAD]);
-        index.evicted.prefetch(digests[i + AHEAD].mixed());
+        const uint64_t mixed = digests[i + AHEAD].mixed();
+        index.prefetch(mixed);
+        index.evicted.prefetch(mixed);
+        parts_[BODY].order->prefetch_name(mixed);
       }
       table[i] = publish_one(table[i], i > 0 ? table[i - 1] : NO_ID, digests[i]);
     }
@@ -277,6 +284,7 @@ class BlockPool {
     const int32_t id = part.order->victim();
     if (id == NO_ID) throw PoolError("no block is free or idle; the caller must test for room first");
     if (!is_idle(id)) throw about(id, "was chosen by the eviction policy, and is not idle");
+    prefetch_evictions(*part.order, id);
     part.order->remove(id);
     const Digest digest = index.digest(id);
     index.evict(digest);
@@ -285,9 +293,25 @@ class BlockPool {
     ++num_evicted_;
   }
 
+  void prefetch_ahead(const int32_t* ids, int64_t i, int64_t num) const {
+    if (i + AHEAD / 2 < num && ids[i + AHEAD / 2] >= 0) parts_[BODY].order->prefetch_block(ids[i + AHEAD / 2]);
+  }
+
+  // Evictions come in runs: what the ones behind that of `id` will read.
+  void prefetch_evictions(const Order& order, int32_t id) const {
+    const int32_t next = order.likely_after(id);
+    if (next == NO_ID) return;
+    const uint64_t mixed = index.digest(next).mixed();
+    index.prefetch(mixed);
+    index.evicted.prefetch(mixed);
+    order.prefetch_name(mixed);
+    const int32_t later = order.likely_after(next);
+    if (later != NO_ID) index.prefetch_name(later);
+  }
+
   void renew_orders() {
     for (Part_& part : parts_) {
-      part.order = part.size() > 0 ? make_order_(links_, num_ids(), std::max<int64_t>(part.budget, 0))
+      part.order = part.size() > 0 ? make_order_(links_, index, num_ids(), std::max<int64_t>(part.budget, 0))
                                    : std::make_unique<Lru>(links_);
     }
   }

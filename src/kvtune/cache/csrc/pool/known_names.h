@@ -1,52 +1,54 @@
-// Numbers of the contents a policy remembers, by 64 bits of their names: policies guess, so a collision in about
-// 10^19 / n pairs does no harm.
+// Numbers of the contents a policy remembers though they are gone, by 64 bits of their names: policies guess, so a
+// collision in about 10^19 / n pairs does no harm.
 #pragma once
 
-#include "digest.h"
-#include "prefix_tree.h"
+#include "../trace.h"
+#include "slot_table.h"
 
 namespace kvtune::pool {
 
-// Open addressing, at most 60 % full; deleting moves later entries back.
+using replay::Block;
+using replay::NO_BLOCK;
+
 class KnownNames {
  public:
-  explicit KnownNames(int64_t max_numbers) : keys_(max_numbers), slots_(max_numbers * 5 / 3 + 16) {}
+  KnownNames(int64_t max_numbers, int64_t max_names) : keys_(max_numbers), table_(max_names) {}
 
-  Block find(uint64_t key) const { return slots_[slot_of(key)] - 1; }  // NO_BLOCK: unknown
+  int64_t size() const { return table_.size(); }
+
+  // NO_BLOCK: unknown.
+  Block find(uint64_t key) const {
+    if (table_.size() == 0) return NO_BLOCK;
+    const auto [slot, is_there] = slot_of(key);
+    return is_there ? table_.number(slot) : NO_BLOCK;
+  }
 
   void insert(uint64_t key, Block number) {
-    keys_[number] = key;
-    slots_[slot_of(key)] = number + 1;
-  }
-
-  void erase(Block number) {
-    int64_t hole = slot_of(keys_[number]);
-    if (slots_[hole] != number + 1) return;
-    for (int64_t slot = next(hole); slots_[slot] != 0; slot = next(slot)) {
-      if (distance(home(keys_[slots_[slot] - 1]), slot) >= distance(hole, slot)) {
-        slots_[hole] = slots_[slot];
-        hole = slot;
-      }
+    auto [slot, is_there] = slot_of(key);
+    if (is_there) {  // a collision: the older one is forgotten
+      erase(table_.number(slot));
+      slot = slot_of(key).first;
     }
-    slots_[hole] = 0;
+    keys_[number] = key;
+    table_.put(slot, key, number);
   }
 
-  void prefetch(uint64_t key) const { __builtin_prefetch(&slots_[home(key)]); }
-  int64_t bytes() const { return keys_.bytes() + slots_.bytes(); }
+  // If the number has a name here.
+  void erase(Block number) {
+    const auto [slot, is_there] = slot_of(keys_[number]);
+    if (is_there && table_.number(slot) == number) table_.erase(slot, [this](Block n) { return keys_[n]; });
+  }
+
+  void prefetch(uint64_t key) const { table_.prefetch(key); }
+  int64_t bytes() const { return keys_.bytes() + table_.bytes(); }
 
  private:
-  int64_t home(uint64_t key) const { return place_of(key, slots_.size()); }
-  int64_t next(int64_t slot) const { return slot + 1 == slots_.size() ? 0 : slot + 1; }
-  int64_t distance(int64_t from, int64_t to) const { return to >= from ? to - from : to - from + slots_.size(); }
-
-  int64_t slot_of(uint64_t key) const {
-    int64_t slot = home(key);
-    while (slots_[slot] != 0 && keys_[slots_[slot] - 1] != key) slot = next(slot);
-    return slot;
+  std::pair<int64_t, bool> slot_of(uint64_t key) const {
+    return table_.find(key, [&](Block number) { return keys_[number] == key; });
   }
 
   LazyArray<uint64_t> keys_;
-  LazyArray<int32_t> slots_;  // number + 1, 0: empty
+  SlotTable table_;
 };
 
 }  // namespace kvtune::pool

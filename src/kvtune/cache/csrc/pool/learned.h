@@ -1,36 +1,39 @@
 // The policies "hazard" and "guarded" of a running pool: ../hazard_order.h over the tree of what the pool knows, and
 // the LRU guard. Twins: kvtune.cache.eviction_hazard, kvtune.cache.eviction_guarded.
 //
-// Contents are numbered while they are resident or remembered (eight capacities of them). Memory: about 70 bytes
-// a content, and 4 a block.
+// Contents are numbered while they are resident or remembered. Memory: 44 bytes a content and 4 a block, and 15 more
+// for the name of a content that is not resident: the pool's own index knows the others.
 #pragma once
 
 #include <algorithm>
 
 #include "../hazard_order.h"
+#include "digest_index.h"
 #include "known_names.h"
 #include "order.h"
+#include "prefix_tree.h"
 
 namespace kvtune::pool {
 
 class Learned final : public Order {
  public:
-  Learned(Links& links, int64_t num_ids, int64_t capacity, bool is_guarded)
-      : links_(links), number_of_(num_ids), tree_(max_numbers(num_ids, capacity), capacity),
-        names_(tree_.num_unique()), contents_(tree_.num_unique()), shadow_links_(tree_.num_unique()), order_(tree_),
+  Learned(Links& links, const DigestIndex& index, int64_t num_ids, int64_t capacity, bool is_guarded)
+      : links_(links), index_(index), number_of_(num_ids), tree_(max_numbers(num_ids, capacity), capacity),
+        names_(tree_.num_unique(), max_names(capacity)), shadow_links_(tree_), order_(tree_, TreeRecords(tree_)),
         wait_(std::max<int64_t>(5000, 4 * capacity)), is_guarded_(is_guarded) {}
 
   void begin(const Digest* digests, int64_t num) override {
     int64_t known = 0, in_shadow = 0, resident = 0;
     Block deepest = NO_BLOCK;
     for (; known < num; ++known) {
-      if (known + AHEAD < num) names_.prefetch(digests[known + AHEAD].mixed());
-      const Block number = names_.find(digests[known].mixed());
+      if (known + AHEAD < num) index_.prefetch(digests[known + AHEAD].mixed());
+      const int32_t id = index_.find(digests[known]);
+      const Block number = id == NO_ID ? names_.find(digests[known].mixed()) : number_of_[id];
       if (number == NO_BLOCK || !order_.is_known(number)) break;
       deepest = number;
       // What is resident, not what was hit: an engine computes the last token of a prompt it knows.
       resident += resident == known && tree_.is_resident(number);
-      in_shadow += in_shadow == known && contents_[number].is_in_shadow;
+      in_shadow += in_shadow == known && tree_[number].is_in_shadow;
     }
     order_.begin(num, deepest);
     behind_ += in_shadow - resident;
@@ -39,16 +42,15 @@ class Learned final : public Order {
   }
 
   void insert(int32_t id, int32_t parent, const Digest& digest) override {
-    const uint64_t key = digest.mixed();
-    Block number = names_.find(key);
+    Block number = names_.size() == 0 ? NO_BLOCK : names_.find(digest.mixed());
     if (number == NO_BLOCK) {
       number = tree_.new_number();
-      contents_[number] = Content{};
-      names_.insert(key, number);
+    } else {
+      names_.erase(number);  // the index knows it from now on
     }
     const Block above = parent == NO_ID ? NO_BLOCK : number_of_[parent];
     number_of_[id] = number;
-    contents_[number].id = id;
+    tree_[number].id = id;
     order_.insert(number, above);
     unblock(tree_.enter(number, above));
   }
@@ -71,40 +73,47 @@ class Learned final : public Order {
   int32_t victim() override {
     if (is_lru_) return recency_.front();
     const Block number = order_.victim();
-    return number == NO_BLOCK ? NO_ID : contents_[number].id;
+    return number == NO_BLOCK ? NO_ID : tree_[number].id;
   }
 
+  // Before the index hears of it.
   void remove(int32_t id) override {
     const Block number = number_of_[id], parent = tree_.parent(number);
     recency_.erase(links_, id);
+    names_.insert(index_.digest(id).mixed(), number);
     const Block forgotten = order_.remove(number);
     tree_.leave(number);
     if (forgotten != NO_BLOCK) {
-      if (!contents_[forgotten].is_in_shadow) names_.erase(forgotten);
+      if (!tree_[forgotten].is_in_shadow) names_.erase(forgotten);
       drop_if_gone(forgotten);
     }
     if (parent != NO_BLOCK && parent != forgotten) drop_if_gone(parent);
   }
 
+  int32_t likely_after(int32_t id) const override {
+    if (is_lru_) return links_.next[id];
+    const Block next = tree_[number_of_[id]].next;
+    return next == NO_BLOCK ? NO_ID : tree_[next].id;
+  }
+
+  void prefetch_block(int32_t id) const override { __builtin_prefetch(&tree_[number_of_[id]], 1); }
+  void prefetch_name(uint64_t mixed) const override { names_.prefetch(mixed); }
+
   int64_t num_candidates() const override { return recency_.size(); }
 
   int64_t bytes() const override {
-    return number_of_.bytes() + tree_.bytes() + names_.bytes() + contents_.bytes() + shadow_links_.bytes() +
-           static_cast<int64_t>(order_.bytes());
+    return number_of_.bytes() + tree_.bytes() + names_.bytes() + static_cast<int64_t>(order_.bytes());
   }
 
  private:
+  using Hazard = replay::HazardOrder<PrefixTree, TreeRecords>;
   static constexpr int64_t AHEAD = 12;
 
-  struct Content {
-    int32_t id = NO_ID;  // while it is resident
-    bool is_in_shadow = false;
-  };
+  // Remembered ones, the shadow's, and the one that is about to be forgotten.
+  static int64_t max_names(int64_t capacity) { return (Hazard::GHOSTS + 1) * capacity + 1; }
 
-  // Resident ones, remembered ones, and those whose children alone are resident.
-  static int64_t max_numbers(int64_t num_ids, int64_t capacity) {
-    return 2 * num_ids + replay::HazardOrder<PrefixTree>::GHOSTS * capacity + capacity + 16;
-  }
+  // Resident ones, those with a name, and those whose children alone are resident.
+  static int64_t max_numbers(int64_t num_ids, int64_t capacity) { return 2 * num_ids + max_names(capacity) + 16; }
 
   void unblock(Block parent) {
     if (parent != NO_BLOCK) order_.unblock(parent);
@@ -112,7 +121,7 @@ class Learned final : public Order {
 
   // The number of what nobody remembers can be used again once no child or list names it.
   void drop_if_gone(Block number) {
-    if (order_.is_known(number) || contents_[number].is_in_shadow || tree_.num_resident_children(number) > 0) return;
+    if (order_.is_known(number) || tree_[number].is_in_shadow || tree_.num_resident_children(number) > 0) return;
     names_.erase(number);
     tree_.give_back(number);
   }
@@ -129,28 +138,31 @@ class Learned final : public Order {
   }
 
   void use_in_shadow(Block number) {
-    if (contents_[number].is_in_shadow) {
+    if (tree_[number].is_in_shadow) {
       shadow_.erase(shadow_links_, number);
     } else {
-      contents_[number].is_in_shadow = true;
+      tree_[number].is_in_shadow = true;
+      ++num_in_shadow_;
     }
     shadow_.push_back(shadow_links_, number);
-    if (shadow_.size() <= tree_.capacity()) return;
+    if (num_in_shadow_ <= tree_.capacity()) return;
     const Block oldest = shadow_.front();
     shadow_.erase(shadow_links_, oldest);
-    contents_[oldest].is_in_shadow = false;
+    tree_[oldest].is_in_shadow = false;
+    --num_in_shadow_;
     drop_if_gone(oldest);
   }
 
   Links& links_;
+  const DigestIndex& index_;
   LazyArray<Block> number_of_;  // by id
   PrefixTree tree_;
-  KnownNames names_;
-  LazyArray<Content> contents_;
-  Links shadow_links_;
-  replay::HazardOrder<PrefixTree> order_;
-  LinkedIds recency_;  // candidates, oldest use first
-  LinkedIds shadow_;   // a pure LRU cache of the same size: names only
+  KnownNames names_;  // of contents that are not resident
+  ShadowLinks shadow_links_;
+  Hazard order_;
+  LinkedIds recency_;         // candidates, oldest use first
+  replay::BlockList shadow_;  // a pure LRU cache of the same size: names only
+  int64_t num_in_shadow_ = 0;
   int64_t behind_ = 0;  // hits of the shadow more than of the cache
   int64_t num_references_ = 0, since_ = 0, wait_;
   bool is_guarded_, is_lru_ = false;

@@ -57,6 +57,10 @@ class Order {
   virtual void unpin(int32_t id) = 0;
   virtual int32_t victim() = 0;  // NO_ID: there are no candidates
   virtual void remove(int32_t id) = 0;
+  virtual int32_t likely_after(int32_t id) const = 0;  // the next victim but one, if `id` is the next; a guess
+  // What is about to be asked for; a block, or what a name is looked for by.
+  virtual void prefetch_block(int32_t) const {}
+  virtual void prefetch_name(uint64_t) const {}
   virtual int64_t num_candidates() const = 0;
   virtual int64_t bytes() const = 0;  // the pool's links apart
 };
@@ -71,6 +75,7 @@ class Lru final : public Order {
   void unpin(int32_t id) override { idle_.push_back(links_, id); }
   int32_t victim() override { return idle_.front(); }
   void remove(int32_t id) override { idle_.erase(links_, id); }
+  int32_t likely_after(int32_t id) const override { return links_.next[id]; }
   int64_t num_candidates() const override { return idle_.size(); }
   int64_t bytes() const override { return 0; }
 

@@ -1,9 +1,10 @@
-// The prefix tree of what a running pool knows: blocks that are resident or remembered, by number. Twin:
-// kvtune.cache.eviction_tree.TreeBlock.
+// The prefix tree of what a running pool knows: blocks that are resident or remembered, by number, one record each.
+// Twin of the tree: kvtune.cache.eviction_tree.TreeBlock.
 #pragma once
 
 #include <vector>
 
+#include "../hazard_order.h"
 #include "../lazy_array.h"
 #include "../trace.h"
 
@@ -12,17 +13,38 @@ namespace kvtune::pool {
 using replay::Block;  // here the number of a content; used again once it is forgotten
 using replay::NO_BLOCK;
 
+// All that the learned policies keep of a content, in one place: most verbs touch all of it.
+struct Content {
+  replay::HazardFacts facts{};
+  Block parent = NO_BLOCK;
+  int32_t id = -1;                     // while it is resident
+  uint32_t num_children : 30;          // resident
+  uint32_t is_resident : 1;
+  uint32_t is_in_shadow : 1;
+  uint32_t num_pinned_children : 30;
+  uint32_t is_pinned : 1;
+  uint32_t is_passed : 1;
+  Block previous = NO_BLOCK, next = NO_BLOCK;                // in a queue of candidates, or among the ghosts
+  Block shadow_previous = NO_BLOCK, shadow_next = NO_BLOCK;  // in the shadow of the LRU guard
+
+  Content() : num_children(0), is_resident(0), is_in_shadow(0), num_pinned_children(0), is_pinned(0), is_passed(0) {}
+};
+static_assert(sizeof(Content) == 44);
+
 class PrefixTree {
  public:
-  PrefixTree(int64_t max_numbers, int64_t capacity) : capacity_(capacity), nodes_(max_numbers) {}
+  PrefixTree(int64_t max_numbers, int64_t capacity) : capacity_(capacity), contents_(max_numbers) {}
 
-  int64_t num_unique() const { return nodes_.size(); }
+  int64_t num_unique() const { return contents_.size(); }
   int64_t capacity() const { return capacity_; }
-  Block parent(Block block) const { return nodes_[block].parent; }
-  int32_t num_resident_children(Block block) const { return nodes_[block].num_children; }
-  bool may_leave(Block block) const { return nodes_[block].num_children == 0 || nodes_[block].is_passed; }
-  bool is_resident(Block block) const { return nodes_[block].is_resident; }
-  int64_t bytes() const { return nodes_.bytes(); }
+  Block parent(Block block) const { return contents_[block].parent; }
+  int32_t num_resident_children(Block block) const { return static_cast<int32_t>(contents_[block].num_children); }
+  bool may_leave(Block block) const { return contents_[block].num_children == 0 || contents_[block].is_passed; }
+  bool is_resident(Block block) const { return contents_[block].is_resident; }
+  int64_t bytes() const { return contents_.bytes(); }
+
+  Content& operator[](Block block) { return contents_[block]; }
+  const Content& operator[](Block block) const { return contents_[block]; }
 
   Block new_number() {
     Block block = next_;
@@ -32,7 +54,7 @@ class PrefixTree {
       block = free_.back();
       free_.pop_back();
     }
-    nodes_[block] = Node{};
+    contents_[block] = Content{};
     return block;
   }
 
@@ -40,53 +62,70 @@ class PrefixTree {
 
   // The block became resident, pinned, below `above`. Returns the parent if that lets it leave, else NO_BLOCK.
   Block enter(Block block, Block above) {
-    Node& node = nodes_[block];
-    node.parent = above;
-    node.is_resident = true;
-    if (above != NO_BLOCK) ++nodes_[above].num_children;
+    Content& content = contents_[block];
+    content.parent = above;
+    content.is_resident = true;
+    if (above != NO_BLOCK) ++contents_[above].num_children;
     return pin(block);
   }
 
   Block pin(Block block) {
-    Node& node = nodes_[block];
-    node.is_pinned = true;
-    node.is_passed = false;
-    if (node.parent == NO_BLOCK) return NO_BLOCK;
-    Node& parent = nodes_[node.parent];
+    Content& content = contents_[block];
+    content.is_pinned = true;
+    content.is_passed = false;
+    if (content.parent == NO_BLOCK) return NO_BLOCK;
+    Content& parent = contents_[content.parent];
     ++parent.num_pinned_children;
     if (parent.is_pinned || parent.is_passed) return NO_BLOCK;
     parent.is_passed = true;
-    return node.parent;
+    return content.parent;
   }
 
   void unpin(Block block) {
-    Node& node = nodes_[block];
-    node.is_pinned = false;
-    node.is_passed = node.num_pinned_children > 0;
-    if (node.parent != NO_BLOCK) --nodes_[node.parent].num_pinned_children;
+    Content& content = contents_[block];
+    content.is_pinned = false;
+    content.is_passed = content.num_pinned_children > 0;
+    if (content.parent != NO_BLOCK) --contents_[content.parent].num_pinned_children;
   }
 
   // The block is not resident any more.
   void leave(Block block) {
-    Node& node = nodes_[block];
-    node.is_resident = false;
-    if (node.parent != NO_BLOCK) --nodes_[node.parent].num_children;
+    Content& content = contents_[block];
+    content.is_resident = false;
+    if (content.parent != NO_BLOCK) --contents_[content.parent].num_children;
   }
 
  private:
-  struct Node {
-    Block parent = NO_BLOCK;
-    int32_t num_children = 0;  // resident
-    int32_t num_pinned_children = 0;
-    bool is_pinned = false;
-    bool is_passed = false;
-    bool is_resident = false;
-  };
-
   int64_t capacity_;
-  LazyArray<Node> nodes_;
+  LazyArray<Content> contents_;
   std::vector<Block> free_;
   Block next_ = 0;
+};
+
+// The tree's records as the learned order sees them.
+class TreeRecords {
+ public:
+  explicit TreeRecords(PrefixTree& tree) : tree_(&tree) {}
+  replay::HazardFacts& facts(Block block) { return (*tree_)[block].facts; }
+  const replay::HazardFacts& facts(Block block) const { return (*tree_)[block].facts; }
+  TreeRecords& links() { return *this; }
+  Block& previous(Block block) { return (*tree_)[block].previous; }
+  Block& next(Block block) { return (*tree_)[block].next; }
+  size_t bytes() const { return 0; }  // the tree counts them
+
+ private:
+  PrefixTree* tree_;
+};
+
+// Links of the shadow's list.
+class ShadowLinks {
+ public:
+  explicit ShadowLinks(PrefixTree& tree) : tree_(tree) {}
+  Block& previous(Block block) { return tree_[block].shadow_previous; }
+  Block& next(Block block) { return tree_[block].shadow_next; }
+
+ private:
+  PrefixTree& tree_;
 };
 
 }  // namespace kvtune::pool
