@@ -24,6 +24,7 @@ from dataclasses import replace
 
 from kvtune.cache.arena import Arena
 from kvtune.cache.eviction import PolicyFactory
+from kvtune.cache.eviction_many import insert_run, take_victims, unpin_each
 from kvtune.cache.plane_rows import PlaneRows
 from kvtune.cache.prefix_index import HashIndex
 from kvtune.cache.records import PoolUsage
@@ -198,9 +199,8 @@ class BlockPool:
         block_ids.reverse()
         while arena.spent > arena.budget.total and len(block_ids) < num_blocks:
             block_ids.append(self._take_one(arena))
-        victim = arena.policy.victim
-        while len(block_ids) < num_blocks:
-            block_ids.append(self._leave(arena, victim()))
+        if len(block_ids) < num_blocks:
+            block_ids += self._evict_many(arena, num_blocks - len(block_ids))
         for block_id in block_ids:
             counts[block_id] = 1
         return Table("i", block_ids)
@@ -216,6 +216,23 @@ class BlockPool:
 
     def _evict(self, arena: Arena) -> None:
         self._set_free(arena, self._leave(arena, arena.policy.victim()))
+
+    def _evict_many(self, arena: Arena, num_blocks: int) -> list[BlockId]:
+        """`num_blocks` victims without their contents."""
+        known, counts = self._hashes, self._ref_count
+        victims = take_victims(arena.policy, num_blocks)
+        if len(victims) < num_blocks:
+            raise InvariantError("no block is free or idle; the caller must test for room first")
+        hashes: list[BlockHash] = []
+        for victim in victims:
+            block_hash = known[victim]
+            if block_hash is None or counts[victim]:
+                raise InvariantError(f"the eviction policy chose block {victim}, which is not idle")
+            hashes.append(block_hash)
+            known[victim] = None
+        self.index.evict_all(hashes)
+        self.num_evicted += num_blocks
+        return victims
 
     def _leave(self, arena: Arena, victim: BlockId | None) -> BlockId:
         """The victim loses its content; whoever evicts it decides what becomes of the block."""
@@ -252,22 +269,31 @@ class BlockPool:
 
     def decref(self, block_ids: Table[int]) -> None:
         """One table fewer holds each block, in this order; the last one leaves it idle or free."""
-        counts, hashes, num_body = self._ref_count, self._hashes, self._num_body
+        counts, hashes = self._ref_count, self._hashes
+        free: list[BlockId] = []
+        idle: list[BlockId] = []
         for block_id in ids_of(block_ids):
             if block_id < 0:
                 continue
-            count = counts[block_id] - 1
-            if count < 0:
+            count = counts[block_id]
+            if count > 1:
+                counts[block_id] = count - 1
+            elif count == 1:
+                counts[block_id] = 0
+                (free if hashes[block_id] is None else idle).append(block_id)
+            else:
                 raise InvariantError(f"block {block_id} was given back more often than taken")
-            counts[block_id] = count
-            if count == 0:
-                arena = self._first if block_id >= num_body else self._body
-                if hashes[block_id] is None:
-                    self._set_free(arena, block_id)
-                else:
-                    arena.policy.unpin(block_id)
-                    if arena.planes is not None and arena.planes.has_row(block_id):
-                        arena.planes.idle[block_id] = None
+        if self._planes is None and not self.has_first:
+            self._body.free += free
+            unpin_each(self._body.policy, idle)
+            return
+        for block_id in free:
+            self._set_free(self._arena(block_id), block_id)
+        for block_id in idle:
+            arena = self._arena(block_id)
+            arena.policy.unpin(block_id)
+            if arena.planes is not None and arena.planes.has_row(block_id):
+                arena.planes.idle[block_id] = None
 
     def publish(self, table: Table[int], hashes: Sequence[BlockHash], start: int, end: int) -> None:
         """Make the full, computed blocks start..end-1 of a table findable and immutable; `hashes[i]` is that
@@ -284,12 +310,11 @@ class BlockPool:
                 table[i] = self._publish_one(BlockId(table[i]), hashes[i], depth=i, parent=parent)
             return
         self.index.insert_all(new, block_ids)
-        known, insert = self._hashes, self._body.policy.insert
-        parent = BlockId(table[start - 1]) if start and table[start - 1] >= 0 else None
-        for depth, (block_id, block_hash) in enumerate(zip(block_ids, new, strict=True), start):
+        known = self._hashes
+        for block_id, block_hash in zip(block_ids, new, strict=True):
             known[block_id] = block_hash
-            insert(block_id, depth=depth, content=block_hash, parent=parent)
-            parent = block_id
+        parent = BlockId(table[start - 1]) if start and table[start - 1] >= 0 else None
+        insert_run(self._body.policy, block_ids, new, depth=start, parent=parent)
         self.num_published += end - start
 
     def publish_each(

@@ -106,6 +106,26 @@ class LRU:
     def __len__(self) -> int:
         return len(self._candidates)
 
+    # --- many at once
+
+    def insert_all(self, block_ids: Sequence[BlockId]) -> None:
+        if not self._pinned.isdisjoint(block_ids) or not self._candidates.keys().isdisjoint(block_ids):
+            raise KeyError(block_ids)
+        self._pinned.update(block_ids)
+
+    def unpin_all(self, block_ids: Sequence[BlockId]) -> None:
+        pinned, candidates = self._pinned, self._candidates
+        if not pinned.issuperset(block_ids):
+            raise KeyError(block_ids)
+        pinned.difference_update(block_ids)
+        for block_id in block_ids:
+            candidates[block_id] = None
+
+    def take_oldest(self, num: int) -> list[BlockId]:
+        """The first `num` candidates, or all there are; they are not resident any more."""
+        pop = self._candidates.popitem
+        return [pop(last=False)[0] for _ in range(min(num, len(self._candidates)))]
+
 
 class FIFO:
     """First inserted, first out; use does not matter. O(log n): a heap whose stale tops are skipped."""

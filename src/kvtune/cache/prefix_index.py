@@ -100,6 +100,17 @@ class HashIndex:
             run.append(block_id)
         return run
 
+    def evict_all(self, hashes: Sequence[BlockHash]) -> None:
+        """`evict` each of them, in this order."""
+        blocks, evicted = self._blocks, self._evicted
+        for number, block_hash in enumerate(hashes, self._num_evicted + 1):
+            del blocks[block_hash]
+            evicted[block_hash] = number
+        self._num_evicted += len(hashes)
+        outdated = self._num_evicted - self._max_evicted
+        while evicted and evicted[next(iter(evicted))] <= outdated:
+            evicted.popitem(last=False)
+
     def has_none_of(self, hashes: Iterable[BlockHash]) -> bool:
         return self._blocks.keys().isdisjoint(hashes)
 
