@@ -20,7 +20,7 @@ from kvtune.types import Admission, MissCause, ScheduledChunk, SchedulerOutput
 
 def random_shapes(rng, count):
     """Steps as an engine makes them: decodes over contexts, and in half of them a prefill chunk."""
-    geometry = ReadGeometry.of(ModelSpec.from_config(LLAMA).kv_groups(), CacheConfig())
+    geometry = ReadGeometry.of(ModelSpec.from_config(LLAMA).kv_groups(), CacheConfig(), num_heads=None)
     rows = []
     for _ in range(count):
         chunks = [(int(rng.integers(1, 2000)), 1, True) for _ in range(int(rng.integers(0, 33)))]
@@ -193,7 +193,7 @@ def test_a_missing_calibration_file_says_how_to_make_one(tmp_path: Path):
 
 @pytest.mark.parametrize("config", [LLAMA, GEMMA])
 def test_the_shape_of_a_run_of_decodes_is_that_of_its_steps(config):
-    geometry = ReadGeometry.of(ModelSpec.from_config(config).kv_groups(), CacheConfig())
+    geometry = ReadGeometry.of(ModelSpec.from_config(config).kv_groups(), CacheConfig(), num_heads=None)
     contexts = np.array([1, 5, 23, 24, 25, 90])
     rows = geometry.decode_rows(contexts, 40)
     one_by_one = [geometry.row_of([(int(c) - 1 + step, 1, True) for c in contexts]) for step in range(40)]
@@ -209,7 +209,7 @@ def chunk(name, start, num_tokens, *tables):
 
 def test_a_block_that_several_sequences_hold_counts_once_in_distinct_bytes():
     groups = ModelSpec.from_config(GEMMA).kv_groups()
-    geometry = ReadGeometry.of(groups, CacheConfig(block_size=16))
+    geometry = ReadGeometry.of(groups, CacheConfig(block_size=16), num_heads=None)
     block = {g.window: 16 * 2 * g.num_kv_heads * g.k_head_dim * 2 * len(g.layers) for g in groups}
     tables = {None: ([0, 1, 2, 3], [0, 1, 4], [0, 1, 2, 5]), 24: ([-1, -1, 6, 7], [-1, 8, 9], [-1, -1, 6, 5])}
     order = [g.window for g in groups]
@@ -227,8 +227,32 @@ def test_a_block_that_several_sequences_hold_counts_once_in_distinct_bytes():
     assert alone["distinct_bytes"] == alone["decode_bytes"]
 
 
+def test_what_attention_reads_for_several_at_once_counts_once_in_decode_bytes():
+    spec = ModelSpec.from_config(LLAMA)
+    (group,) = spec.kv_groups()
+    alike = np.arange(1024, dtype=np.int32)
+    tables = [(np.append(alike, np.int32(2000 + i)),) for i in range(3)]
+    starts = np.array([1024 * 16 + 3] * 3)
+    overlaps = {
+        heads: ReadGeometry.of((group,), CacheConfig(block_size=16), num_heads=heads).overlap(tables, starts)
+        for heads in (None, spec.num_attention_heads)
+    }
+    block = 16 * 2 * group.num_kv_heads * group.k_head_dim * 2 * len(group.layers)
+    assert {overlap.repeated_bytes for overlap in overlaps.values()} == {2 * 1024 * block}
+    assert overlaps[None].saved_bytes == 0
+    assert overlaps[spec.num_attention_heads].saved_bytes == 2 * 1024 * block
+    geometry = ReadGeometry.of((group,), CacheConfig(block_size=16), num_heads=spec.num_attention_heads)
+    together = overlaps[spec.num_attention_heads]
+    rows = geometry.decode_rows(starts + 1, 2, overlap=together)
+    plain = geometry.decode_rows(starts + 1, 2)
+    assert (plain[:, 4] - rows[:, 4] == together.saved_bytes).all()
+    assert rows[0].tolist() == geometry.row_of((), decode_starts=starts.tolist(), overlap=together)
+
+
 def test_requests_that_leave_the_queue_count_with_all_their_tokens():
-    geometry = ReadGeometry.of(ModelSpec.from_config(GEMMA).kv_groups(), CacheConfig(block_size=16))
+    geometry = ReadGeometry.of(
+        ModelSpec.from_config(GEMMA).kv_groups(), CacheConfig(block_size=16), num_heads=None
+    )
     chunks = (chunk("a", 32, 8, [0, 1, 2], [0, 1, 2]), chunk("b", 0, 8, [3], [3]))
     found = Admission(request_id="a", num_cached_tokens=32, misses={MissCause.NEVER_SEEN: 8})
     row = dict(
@@ -244,7 +268,7 @@ def test_requests_that_leave_the_queue_count_with_all_their_tokens():
 
 
 def test_pairs_and_bytes_of_a_prefill_are_those_counted_query_by_query():
-    geometry = ReadGeometry.of(ModelSpec.from_config(GEMMA).kv_groups(), CacheConfig())
+    geometry = ReadGeometry.of(ModelSpec.from_config(GEMMA).kv_groups(), CacheConfig(), num_heads=None)
     start, n = 17, 30
     pairs = seen = 0
     for group in ModelSpec.from_config(GEMMA).kv_groups():

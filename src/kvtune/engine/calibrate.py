@@ -78,7 +78,9 @@ class StepTimer:
         self.calibration = Calibration(facts=_facts(engine))
         self._engine = engine
         self._clock = clock
-        self._geometry = ReadGeometry.of(engine.arena_plan.groups, engine.cache_config)
+        self._geometry = ReadGeometry.of(
+            engine.arena_plan.groups, engine.cache_config, num_heads=engine.loaded.spec.num_attention_heads
+        )
         self._decided: SchedulerOutput | None = None
         self._steps: list[SchedulerOutput] = []
         engine.on_step = self._keep

@@ -13,10 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from kvtune.config import CacheConfig
+from kvtune.sched.shared_reads import least_saving, saved_tokens
 from kvtune.spec import KVGroup, group_block_bytes
 from kvtune.types import BlockTable, SchedulerOutput
 
-__all__ = ["CALIBRATION_VERSION", "SHAPE_COLUMNS", "ReadGeometry", "ShapeRows"]
+__all__ = ["CALIBRATION_VERSION", "SHAPE_COLUMNS", "Overlap", "ReadGeometry", "ShapeRows"]
 
 SHAPE_COLUMNS = (
     "num_decodes", "num_prefills", "prefill_tokens", "num_samples", "decode_bytes", "prefill_bytes",
@@ -25,14 +26,15 @@ SHAPE_COLUMNS = (
 """Columns of `ShapeRows`. A decode is a chunk of one token, every longer chunk a prefill.
 
 num_samples: sequences whose next token is sampled. decode_bytes, prefill_bytes: KV bytes of all layers
-that decodes read, and that prefill chunks read when each key is read once. prefill_pairs: query-key
+that decodes read (a prefix that native attention reads for several of them at once counts once), and that
+prefill chunks read when each key is read once. prefill_pairs: query-key
 pairs of prefill chunks, summed over layers. distinct_bytes: KV bytes read when a block that several
 sequences of the step share is counted once: the others find it in the processor's cache. num_admitted,
 admitted_tokens: requests that left the queue for this step, and their tokens, cached or not: looked up,
 taken from the idle blocks, published.
 """
 
-CALIBRATION_VERSION = 3
+CALIBRATION_VERSION = 4
 """Format of files that hold measured steps as rows of these columns."""
 
 ShapeRows = npt.NDArray[np.float64]
@@ -45,6 +47,16 @@ class _GroupRead:
     token_bytes: float  # over the group's layers
     num_layers: int
     block_bytes: float
+    num_heads: int  # query heads per KV head
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """KV bytes that sequences of a step have in common: held again by a second, third ... sequence, and of
+    those the ones that are not even read again."""
+
+    repeated_bytes: float = 0.0
+    saved_bytes: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +64,13 @@ class ReadGeometry:
     """What attention reads per visible key in each KV group."""
 
     groups: tuple[_GroupRead, ...]
+    block_size: int
 
     @classmethod
-    def of(cls, groups: Sequence[KVGroup], cache: CacheConfig) -> Self:
-        """From the engine's KV groups and its codecs per layer."""
-        return cls(tuple(_group_read(group, cache) for group in groups))
+    def of(cls, groups: Sequence[KVGroup], cache: CacheConfig, *, num_heads: int | None) -> Self:
+        """From the engine's KV groups and its codecs per layer. `num_heads`: the model's query heads, None
+        where they are not known: then no reads are saved."""
+        return cls(tuple(_group_read(group, cache, num_heads) for group in groups), cache.block_size)
 
     def row(self, step: SchedulerOutput) -> list[float]:
         """One row of `ShapeRows` for a step."""
@@ -65,26 +79,39 @@ class ReadGeometry:
             [(chunk.start, chunk.num_tokens, chunk.samples) for chunk in step.others],
             decode_starts=() if decodes is None else decodes.starts.tolist(),
             admitted=[a.num_cached_tokens + sum(a.misses.values()) for a in step.admitted],
-            repeated_bytes=self._repeated_bytes(step),
+            overlap=self._overlap_of(step),
         )
 
-    def _repeated_bytes(self, step: SchedulerOutput) -> float:
-        if step.num_chunks < 2:
-            return 0.0
-        total = 0.0
-        for g, group in enumerate(self.groups):
-            tables = [chunk.block_tables[g] for chunk in step.others]
-            if step.decodes is not None:
-                tables.append(step.decodes.block_tables[g].reshape(-1))
-            total += group.block_bytes * _num_repeated(np.concatenate(tables))
-        return total
+    def _overlap_of(self, step: SchedulerOutput) -> Overlap:
+        others = [chunk.block_tables for chunk in step.others]
+        if step.decodes is None:
+            return self.overlap((), (), others)
+        decodes = step.decodes
+        rows = zip(*decodes.block_tables, strict=True)
+        return self.overlap([tuple(tables) for tables in rows], decodes.starts, others)
 
-    def repeated_bytes(self, tables: Sequence[tuple[BlockTable, ...]]) -> float:
-        """KV bytes of blocks held again by a second, third ... sequence; `tables` per sequence and group."""
-        if len(tables) < 2:
-            return 0.0
-        pairs = zip(self.groups, zip(*tables, strict=True), strict=True)
-        return sum((group.block_bytes * _num_repeated(np.concatenate(own)) for group, own in pairs), 0.0)
+    def overlap(
+        self,
+        tables: Sequence[tuple[BlockTable, ...]],
+        starts: Sequence[int] | npt.NDArray[np.int64],
+        others: Sequence[tuple[BlockTable, ...]] = (),
+    ) -> Overlap:
+        """What sequences have in common. `tables`, per sequence and group, of those that decode, each behind
+        so many tokens; `others`: of those that compute more than one."""
+        if len(tables) + len(others) < 2:
+            return Overlap()
+        repeated = saved = 0.0
+        for g, group in enumerate(self.groups):
+            own = [one[g] for one in tables]
+            count = _num_repeated(np.concatenate([*own, *(one[g] for one in others)]))
+            repeated += group.block_bytes * count
+            can_save = group.window is None and group.num_heads > 0
+            if can_save and count * self.block_size >= least_saving(group.num_heads):
+                common = [int(start) // self.block_size for start in starts]
+                saved += group.token_bytes * saved_tokens(
+                    own, common, block_size=self.block_size, num_heads=group.num_heads
+                )
+        return Overlap(repeated, saved)
 
     def row_of(
         self,
@@ -92,7 +119,7 @@ class ReadGeometry:
         *,
         decode_starts: Sequence[int] = (),
         admitted: Sequence[int] = (),
-        repeated_bytes: float = 0.0,
+        overlap: Overlap = Overlap(),
     ) -> list[float]:
         """One row of `ShapeRows` for (tokens computed before, tokens in the chunk, samples), and for
         sequences that compute one token behind each of `decode_starts` and sample. `admitted`: tokens of
@@ -114,16 +141,16 @@ class ReadGeometry:
             float(len(prefills)),
             float(sum(n for _, n in prefills)),
             float(len(decode_starts) + sum(samples for *_, samples in chunks)),
-            decode_bytes,
+            max(0.0, decode_bytes - overlap.saved_bytes),
             prefill_bytes,
             pairs,
-            max(0.0, decode_bytes + prefill_bytes - repeated_bytes),
+            max(0.0, decode_bytes + prefill_bytes - overlap.repeated_bytes),
             float(len(admitted)),
             float(sum(admitted)),
         ]
 
     def decode_rows(
-        self, contexts: npt.NDArray[np.int64], num_steps: int, *, repeated_bytes: float = 0.0
+        self, contexts: npt.NDArray[np.int64], num_steps: int, *, overlap: Overlap = Overlap()
     ) -> ShapeRows:
         """`ShapeRows` of steps that decode a token of each sequence; `contexts`: keys seen in the first.
 
@@ -132,8 +159,9 @@ class ReadGeometry:
         """
         rows = np.zeros((num_steps, len(SHAPE_COLUMNS)))
         rows[:, 0] = rows[:, 3] = len(contexts)
-        rows[:, 4] = self._decode_bytes(contexts, num_steps)
-        rows[:, 7] = np.maximum(rows[:, 4] - repeated_bytes, 0.0)
+        num_bytes = self._decode_bytes(contexts, num_steps)
+        rows[:, 4] = np.maximum(num_bytes - overlap.saved_bytes, 0.0)
+        rows[:, 7] = np.maximum(num_bytes - overlap.repeated_bytes, 0.0)
         return rows
 
     def _decode_bytes(self, contexts: npt.NDArray[np.int64], num_steps: int) -> npt.NDArray[np.float64]:
@@ -160,9 +188,12 @@ def _num_repeated(block_ids: npt.NDArray[np.int32]) -> int:
     return int(np.count_nonzero(held[1:] == held[:-1]))
 
 
-def _group_read(group: KVGroup, cache: CacheConfig) -> _GroupRead:
+def _group_read(group: KVGroup, cache: CacheConfig, num_heads: int | None) -> _GroupRead:
     block_bytes = group_block_bytes(group, cache.codecs_of, cache.block_size)
-    return _GroupRead(group.window, block_bytes / cache.block_size, len(group.layers), block_bytes)
+    return _GroupRead(
+        window=group.window, token_bytes=block_bytes / cache.block_size, num_layers=len(group.layers),
+        block_bytes=block_bytes, num_heads=(num_heads or 0) // group.num_kv_heads,
+    )  # fmt: skip
 
 
 def _visible(keys: Sequence[int], window: int | None) -> int:

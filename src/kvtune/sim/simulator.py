@@ -115,7 +115,7 @@ class Simulation:
         self.on_step: Callable[[SchedulerOutput], None] | None = None
         self.num_blocks = sum(plan.num_blocks) + sum(plan.num_first_blocks)
         self._block_size = cache.block_size
-        self._geometry = ReadGeometry.of(plan.groups, cache)
+        self._geometry = ReadGeometry.of(plan.groups, cache, num_heads=spec.num_attention_heads)
         self._now_s = 0.0
         self._live: dict[RequestId, _Live] = {}
         self._log = _Log()
@@ -191,9 +191,9 @@ class Simulation:
         if run is None:
             return False
         tables = [self.manager.block_tables(s.request_id) for s in run.sequences]
-        rows = self._geometry.decode_rows(
-            run.contexts(), run.num_steps, repeated_bytes=self._geometry.repeated_bytes(tables)
-        )
+        contexts = run.contexts()
+        overlap = self._geometry.overlap(tables, contexts - 1)
+        rows = self._geometry.decode_rows(contexts, run.num_steps, overlap=overlap)
         seconds = self.cost.seconds(rows)
         edges = np.cumsum(np.concatenate(([self._now_s], seconds)))  # adds in order, as step after step would
         num_steps = min(run.num_steps, int(np.searchsorted(edges[1:], until_s)) + 1)
