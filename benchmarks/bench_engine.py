@@ -52,18 +52,21 @@ ENGINES = {
     "continuous": ("continuous", ""),
 }  # fmt: skip
 KV_BYTES_PER_ELEMENT = {"kvtune-int8": 1.0}
-STEP_TOKENS = 512
+DECODE_TOKENS = 512
+"""More than a request decodes beside the prefills of those behind it."""
 
 
 @dataclass(frozen=True)
 class Cell:
     """Requests of one round. `early`: how many are there at once; the others come when those decode.
-    `counts`: which tokens the rate counts, which phase it times."""
+    `enough`: the round ends when each request has so many tokens. `counts`: which tokens the rate counts,
+    which phase it times."""
 
     prompts: list[list[int]]
     max_tokens: list[int]
     early: int | None = None
     counts: str = "output"
+    enough: int | None = None
 
     def rate(self, times: list[list[float]], seconds: float) -> float:
         """Tokens per second."""
@@ -82,12 +85,11 @@ def make_cell(name: str, rng: random.Random, scale: int) -> Cell:
     out = max(6, 128 // scale)
     if name == "short":
         return Cell([prompt(128) for _ in range(32)], [out] * 32)
-    if name == "decode":  # whoever is prefilled first decodes beside the others: give it room
-        tokens = max(8, 32 // scale)
-        steps = -(-8192 // scale // STEP_TOKENS) + 2
+    if name == "decode":  # whoever is prefilled first decodes beside the others
         return Cell(
-            [prompt(8192) for _ in range(8)], [tokens + (7 - i) * steps for i in range(8)], counts="decode"
-        )
+            [prompt(8192) for _ in range(8)], [DECODE_TOKENS] * 8, counts="decode",
+            enough=max(8, 32 // scale),
+        )  # fmt: skip
     if name == "prefill":
         return Cell([prompt(8192)], [1], counts="prompt")
     if name == "shared":
@@ -125,7 +127,7 @@ def least_seconds(cell: Cell, cell_name: str, limit: Limit, kv_bytes: float) -> 
         return least
     decode = 0.0
     if cell.counts == "decode":  # rate() counts while all decode
-        least, last_step = 0.0, min(cell.max_tokens)
+        least, last_step = 0.0, cell.enough or min(cell.max_tokens)
     else:
         last_step = max(cell.max_tokens)
     for step in range(1, last_step):
@@ -146,7 +148,10 @@ class Child(Elsewhere):
         )
 
     def run(self, cell: Cell, number: int) -> dict[str, Any]:
-        return self.ask(prompts=cell.prompts, max_tokens=cell.max_tokens, early=cell.early, round=number)
+        return self.ask(
+            prompts=cell.prompts, max_tokens=cell.max_tokens, early=cell.early, enough=cell.enough,
+            round=number,
+        )  # fmt: skip
 
 
 def summary(cell: Cell, answer: dict[str, Any]) -> dict[str, float]:

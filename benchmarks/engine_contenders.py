@@ -3,7 +3,7 @@
     python benchmarks/engine_contenders.py NAME MODEL THREADS CODEC
 
 Runs under the interpreter of the engine it hosts, so nothing but the standard library is imported here before
-the engine's own packages. One JSON object a line comes in ({"prompts", "max_tokens", "late"}), one goes out
+the engine's own packages. One JSON object a line comes in (the arguments of `Child.run`), one goes out
 ({"times": [[s, ...] per request], "start"}): when each token of each request was there, on this process's
 clock: its CPU time with one thread (other processes' slices stay out), wall time with more.
 """
@@ -29,6 +29,10 @@ class Contender(Protocol):
 
     def add(self, request: str, prompt: list[int], max_tokens: int) -> None: ...
     def step(self) -> list[tuple[str, int]]: ...
+    def end(self, requests: list[str]) -> None:
+        """Answer these no further."""
+        ...
+
     def forget(self) -> None:
         """Drop cached prefixes."""
         ...
@@ -57,6 +61,11 @@ class Kvtune:
     def step(self) -> list[tuple[str, int]]:
         return [(out.request_id, len(out.token_ids)) for out in self._engine.step()]
 
+    def end(self, requests: list[str]) -> None:
+        for request in requests:
+            self._engine.abort(request)
+        self._engine.discard_outputs()
+
     def forget(self) -> None:
         self._engine.reset_prefix_cache()
 
@@ -84,6 +93,9 @@ class Vllm:
 
     def step(self) -> list[tuple[str, int]]:
         return [(out.request_id, len(out.outputs[0].token_ids)) for out in self._engine.step()]
+
+    def end(self, requests: list[str]) -> None:
+        self._engine.abort_request(requests)
 
     def forget(self) -> None:
         self._engine.reset_prefix_cache()
@@ -119,6 +131,9 @@ class Transformers:
         )  # fmt: skip
         return [(request, count) for request, _, count in batch]
 
+    def end(self, requests: list[str]) -> None:
+        """Whole batches are answered to their end."""
+
     def forget(self) -> None:
         """Nothing is cached."""
 
@@ -140,8 +155,11 @@ CONTENDERS = {"kvtune": Kvtune, "vllm": Vllm, "transformers": Transformers, "con
 
 
 def serve(engine: Contender, work: dict[str, Any], clock: Clock) -> dict[str, Any]:
-    """Run the requests of one cell to the end. Those after the first `early` come when these decode."""
-    prompts, max_tokens = work["prompts"], work["max_tokens"]
+    """Run the requests of one cell to the end, or until each has `enough` tokens. Those after the first
+    `early` come when these decode."""
+    prompts = work["prompts"]
+    max_tokens: list[int] = work["max_tokens"]
+    enough = [min(count, work.get("enough") or count) for count in max_tokens]
     early = work["early"] if work["early"] is not None else len(prompts)
     times: dict[str, list[float]] = {f"{work['round']}-{i}": [] for i in range(len(prompts))}
     names = list(times)
@@ -150,7 +168,7 @@ def serve(engine: Contender, work: dict[str, Any], clock: Clock) -> dict[str, An
     late = list(range(early, len(prompts)))
     for i in range(early):
         engine.add(names[i], prompts[i], max_tokens[i])
-    while any(len(times[name]) < count for name, count in zip(names, max_tokens, strict=True)):
+    while any(len(times[name]) < count for name, count in zip(names, enough, strict=True)):
         if late and all(len(times[name]) >= 4 for name in names[:early]):
             arrivals[late[0]] = clock() - start
             engine.add(names[late[0]], prompts[late[0]], max_tokens[late[0]])
@@ -159,7 +177,9 @@ def serve(engine: Contender, work: dict[str, Any], clock: Clock) -> dict[str, An
         now = clock() - start
         for name, count in moved:
             times[name] += [now] * (count - len(times[name]))
-    return {"times": list(times.values()), "arrivals": arrivals, "seconds": clock() - start}
+    seconds = clock() - start
+    engine.end([name for name, count in zip(names, max_tokens, strict=True) if len(times[name]) < count])
+    return {"times": list(times.values()), "arrivals": arrivals, "seconds": seconds}
 
 
 def main() -> int:
