@@ -7,10 +7,12 @@ from collections.abc import Iterable, Sequence
 from kvtune.cache.block_hashes import BlockHashes
 from kvtune.cache.group import GroupCache
 from kvtune.cache.table import NULL_BLOCK, Need, Table
-from kvtune.types import BlockHash, BlockId, BlockTable
+from kvtune.errors import InvariantError
+from kvtune.types import BlockHash, BlockId, BlockTable, RequestId
 
 __all__ = [
     "Holding",
+    "Holdings",
     "is_enough",
     "needed_blocks",
     "peak_needs",
@@ -60,6 +62,13 @@ class Holding:
             None  # of the next block, where nothing but its content is to be seen to
         )
         self.may_share_last = False  # forked once: its partially computed block may be in another table
+
+
+class Holdings(dict[RequestId, Holding]):
+    """By request, in order of admission. InvariantError for one that holds nothing."""
+
+    def __missing__(self, request_id: RequestId) -> Holding:
+        raise InvariantError(f"request {request_id!r} holds no blocks")
 
 
 def shared_block(group: GroupCache, holding: Holding, table: Table[int]) -> BlockId | None:

@@ -16,30 +16,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 import numpy as np
 
-from kvtune.cache.block_hashes import HASH_BYTES, joined, own_copy
-from kvtune.cache.decoding import DecodingBlocks
+from kvtune.cache.allocating import Allocating
+from kvtune.cache.block_hashes import own_copy
 from kvtune.cache.eviction import PolicyFactory
 from kvtune.cache.group import GroupCache
-from kvtune.cache.hashing import chain_hashes, root_hash, token_array
-from kvtune.cache.holding import Holding, is_enough, needed_blocks, peak_needs, shared_block, shortfalls
+from kvtune.cache.holding import Holding, Holdings
 from kvtune.cache.in_flight import InFlight
 from kvtune.cache.matching import longest_match, miss_causes
+from kvtune.cache.naming import BlockNames, Tokens
 from kvtune.cache.native_pool import NativeInFlight, pool_library
 from kvtune.cache.precision import Precision
+from kvtune.cache.publishing import Publishing
 from kvtune.cache.records import Allocation, CacheStats, GroupUsage, PrefixMatch
-from kvtune.cache.table import NULL_BLOCK, Table, null_blocks
+from kvtune.cache.table import NULL_BLOCK, Table
 from kvtune.errors import InvariantError, UsageError
 from kvtune.spec import KVGroup, PoolBudget
-from kvtune.types import BlockCopy, BlockHash, BlockId, BlockTable, MissCause, RequestId, TokenArray
+from kvtune.types import BlockHash, BlockId, BlockTable, MissCause, RequestId, TokenArray
 
 __all__ = ["KVCacheManager"]
-
-_NO_COPIES = Allocation()
-Tokens = Sequence[int] | TokenArray
 
 
 class KVCacheManager:
@@ -72,28 +69,31 @@ class KVCacheManager:
         _check_sizes(groups, num_blocks, firsts, block_size)
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
-        self._fingerprint = fingerprint
-        self._library = pool_library(policy, budgets or (), native)
+        most_blocks = max(map(sum, zip(num_blocks, firsts, strict=True)))
+        library = pool_library(policy, budgets or (), native, most_blocks=most_blocks)
+        self._names = BlockNames(library, block_size=block_size, fingerprint=fingerprint)
         self._groups = [
             GroupCache(
                 group, n, f, block_size=block_size, policy=policy, budget=budget, num_resting=resting,
-                library=self._library,
+                library=library,
             )
             for group, n, f, budget, resting in zip(
                 groups, num_blocks, firsts, budgets or [None] * len(groups), num_resting or [0] * len(groups),
                 strict=True,
             )
         ]  # fmt: skip
-        self._windowed = [g for g, group in enumerate(groups) if group.window is not None]
-        self._holdings: dict[RequestId, Holding] = {}
-        self._in_flight = InFlight() if self._library is None else NativeInFlight(self._library)
-        self._stats = CacheStats()
+        self._holdings = Holdings()
+        self._in_flight = InFlight() if library is None else NativeInFlight(library)
         self.precision = Precision(self._groups, self._holdings, self._in_flight)
         """Which low planes are in the pools, and who reads below nominal precision."""
-        self._decoding = DecodingBlocks(self._groups, self._holdings, self._library)
-        self.commit_offsets = tuple(
-            sorted({0, *((g.window - 1) % block_size for g in groups if g.window is not None)})
+        self._allocating = Allocating(
+            self._groups, self._holdings, self._in_flight, self.precision, block_size=block_size
         )
+        self._publishing = Publishing(
+            self._groups, self._holdings, self._in_flight, self._names, block_size=block_size,
+            is_caching=enable_prefix_caching,
+        )  # fmt: skip
+        self.commit_offsets = self._publishing.offsets
         """Computed tokens, modulo the block size, at which `commit` publishes or releases a block."""
         self._no_blocks: tuple[Table[int], ...] = (Table("i"),) * len(groups)
 
@@ -112,11 +112,11 @@ class KVCacheManager:
         them) and this salt, save hashing them again.
         """
         num_tokens = len(token_ids)
-        root = root_hash(self._fingerprint, cache_salt)
+        root = self._names.root(cache_salt)
         if not self.enable_prefix_caching or not num_tokens:
             misses = {MissCause.DISABLED: num_tokens} if num_tokens else {}
             return PrefixMatch(num_tokens=0, blocks=self._no_blocks, misses=misses, root=root)
-        hashes = self._continued(root, token_ids, block_hashes or ())
+        hashes = self._names.continued(root, token_ids, block_hashes or ())
         limit = (num_tokens - 1) // self.block_size
         found = longest_match(self._groups, hashes, limit)
         leader, awaited = self._in_flight.awaited(hashes[found.boundary : limit])
@@ -129,26 +129,6 @@ class KVCacheManager:
             root=root,
             block_hashes=hashes,
         )
-
-    def _hash(self, parent: BlockHash, token_ids: Tokens) -> Sequence[BlockHash]:
-        """Native pools take hashes of 32 bytes in one stretch; names of other lengths come from traces."""
-        tokens = token_array(token_ids)
-        if self._library is not None and len(parent) == HASH_BYTES:
-            return self._library.hash_chain(parent, tokens, self.block_size)
-        return tuple(chain_hashes(parent, tokens, self.block_size))
-
-    def _continued(
-        self, root: BlockHash, token_ids: Tokens, known: Sequence[BlockHash]
-    ) -> Sequence[BlockHash]:
-        """`known` hashes and those of the full blocks behind them."""
-        num_full = len(token_ids) // self.block_size
-        if len(known) > num_full:
-            raise InvariantError(f"{len(known)} block hashes do not belong to {len(token_ids)} tokens")
-        if not known:
-            return self._hash(root, token_ids)
-        if len(known) == num_full:
-            return known
-        return joined(known, self._hash(known[-1], token_ids[len(known) * self.block_size :]))
 
     def leader_of(self, block_hash: BlockHash) -> RequestId | None:
         """The request that is computing this block for the first time, None when nobody is."""
@@ -188,75 +168,19 @@ class KVCacheManager:
         if holding is not None:
             if match is not None:
                 raise InvariantError(f"request {request_id!r} holds blocks already; match comes first")
-            return self._extend(holding, num_tokens, reserve)
+            return self._allocating.extend(holding, num_tokens, reserve)
         if match is None:
             match = self._no_match(token_ids, cache_salt)
-        return self._admit(request_id, match, num_tokens, reserve, gate_tokens, lowered=lowered)
+        return self._allocating.admit(
+            request_id, match, num_tokens, reserve, gate_tokens=gate_tokens, lowered=lowered
+        )
 
     def _no_match(self, token_ids: Tokens | None, cache_salt: str) -> PrefixMatch:
-        root = root_hash(self._fingerprint, cache_salt)
+        root = self._names.root(cache_salt)
         hashes: Sequence[BlockHash] = ()
         if token_ids is not None and self.enable_prefix_caching:
-            hashes = self._hash(root, token_ids)
+            hashes = self._names.chain(root, token_ids)
         return PrefixMatch(num_tokens=0, blocks=self._no_blocks, misses={}, root=root, block_hashes=hashes)
-
-    def _admit(
-        self,
-        request_id: RequestId,
-        match: PrefixMatch,
-        num_tokens: int,
-        reserve: float,
-        gate_tokens: int | None,
-        *,
-        lowered: bool,
-    ) -> Allocation | None:
-        self._refuse_stale(match)
-        holding = Holding(
-            [Table("i", b) for b in match.blocks], match.root, own_copy(match.block_hashes), match.num_tokens
-        )
-        now = needs = needed_blocks(self._groups, holding, num_tokens)
-        is_gated = gate_tokens is not None
-        if gate_tokens is not None:
-            peak, chunk = max(gate_tokens, num_tokens), num_tokens - match.num_tokens
-            needs = peak_needs(self._groups, holding, needs, num_tokens=peak, chunk=chunk)
-        if lowered:
-            has_room = is_enough(shortfalls(self._groups, now, reserve, revived=match.blocks))
-            has_room = has_room and (not is_gated or self.precision.would_fit(match, needs, now, reserve))
-        else:
-            has_room = is_enough(
-                shortfalls(
-                    self._groups, needs, reserve, revived=match.blocks, keep_promises=is_gated,
-                    restored=self.precision.resting_of(match.blocks),
-                )
-            )  # fmt: skip
-        if not has_room:
-            return None
-        holding.num_published = match.num_tokens // self.block_size
-        for group, blocks in zip(self._groups, match.blocks, strict=True):
-            group.pool.begin(match.block_hashes, holding.num_published)
-            group.pool.incref(blocks)
-        self._holdings[request_id] = holding
-        holding.num_released = [g.first_visible(match.num_tokens) for g in self._groups]
-        holding.promised = [body for body, _ in needs]
-        for group, promised in zip(self._groups, holding.promised, strict=True):
-            group.promised += promised
-        holding.num_led = len(match.block_hashes)
-        self._in_flight.lead(request_id, match.block_hashes[holding.num_published :])
-        self._count_admission(match)
-        self._grow(holding, num_tokens)
-        return _NO_COPIES
-
-    def _extend(self, holding: Holding, num_tokens: int, reserve: float) -> Allocation | None:
-        if not holding.may_share_last and num_tokens <= len(holding.tables[0]) * self.block_size:
-            return _NO_COPIES  # most decode steps: the block at hand has room
-        needs = needed_blocks(self._groups, holding, num_tokens)
-        if not any(body or first for body, first in needs):
-            return _NO_COPIES
-        if not is_enough(shortfalls(self._groups, needs, reserve)):
-            return None
-        copies = self._unshare(holding)
-        self._grow(holding, num_tokens)
-        return Allocation(copies=copies) if copies else _NO_COPIES
 
     def grow_each(self, request_ids: Sequence[RequestId], *, reserve: float) -> list[Table[int]] | None:
         """`allocate` of one more block for each of these requests, in this order: per group, the new blocks.
@@ -264,7 +188,7 @@ class KVCacheManager:
         For requests whose blocks are all in use and that share no partially computed block. `reserve`: of the
         last one; those before it need not leave more. None, and nothing changed, without room for all.
         """
-        return self._decoding.take(request_ids, reserve)
+        return self._allocating.extend_each(request_ids, reserve)
 
     def has_room(
         self,
@@ -275,70 +199,19 @@ class KVCacheManager:
         without: Sequence[RequestId] = (),
     ) -> bool:
         """Whether `allocate` would succeed for a running request once the others in `without` left."""
-        needs = needed_blocks(self._groups, self._holding(request_id), num_tokens)
-        leaving = [self._holding(r) for r in without]
-        return is_enough(shortfalls(self._groups, needs, reserve, leaving=leaving))
-
-    def _unshare(self, holding: Holding) -> tuple[BlockCopy, ...]:
-        """Copy-on-write: give the holding its own copy of a shared, partially computed block."""
-        copies: list[BlockCopy] = []
-        index = holding.num_computed // self.block_size
-        holding.snapshot = None
-        for g, (group, table) in enumerate(zip(self._groups, holding.tables, strict=True)):
-            shared = shared_block(group, holding, table)
-            if shared is None:
-                continue
-            copy = BlockId(group.pool.take(1, first=group.pool.is_first(shared))[0])
-            src_row, dst_row = group.pool.row(shared), group.pool.row(copy)
-            group.pool.decref(Table("i", (shared,)))
-            table[index] = copy
-            copies.append(BlockCopy(group=g, src=shared, dst=copy, src_row=src_row, dst_row=dst_row))
-        if copies:
-            self._stats = replace(self._stats, copied_blocks=self._stats.copied_blocks + len(copies))
-        return tuple(copies)
-
-    def _grow(self, holding: Holding, num_tokens: int) -> None:
-        target = -(-num_tokens // self.block_size)
-        holding.snapshot = None
-        for g, (group, table) in enumerate(zip(self._groups, holding.tables, strict=True)):
-            if target > 0 and not len(table) and group.pool.has_first:
-                table.extend(group.pool.take(1, first=True))
-            num_new = max(0, target - len(table))
-            drawn = min(holding.promised[g], num_new)
-            holding.promised[g] -= drawn
-            group.promised -= drawn
-            if num_new:
-                table.extend(group.pool.take(num_new))
+        return self._allocating.has_room(request_id, num_tokens, reserve, without)
 
     def commit(self, request_id: RequestId, token_ids: Tokens, num_computed: int) -> None:
         """Positions below `num_computed` are computed: publish full blocks, release passed ones.
 
         `token_ids` are the sequence's tokens from position 0, at least `num_computed` of them.
         """
-        holding = self._holding(request_id)
-        capacity = len(holding.tables[0]) * self.block_size
-        if not holding.num_computed <= num_computed <= min(capacity, len(token_ids)):
-            raise InvariantError(
-                f"request {request_id!r}: cannot commit {num_computed} tokens after {holding.num_computed}, "
-                f"with {capacity} slots and {len(token_ids)} tokens"
-            )
-        if holding.may_share_last:
-            self._refuse_shared_write(request_id, holding, num_computed)
-        holding.num_computed = num_computed
-        num_full = num_computed // self.block_size
-        if num_full > holding.num_published:
-            holding.may_share_last = False  # what a fork could share is full
-            if self.enable_prefix_caching and not holding.is_private:
-                self._publish(request_id, holding, token_ids, num_full)
-            holding.num_published = num_full
-        for g in self._windowed:
-            self._release_passed(g, holding)
-        holding.commit_at = self._next_commit(holding)
+        self._publishing.commit(request_id, token_ids, num_computed)
 
     @property
     def commits_at_blocks(self) -> bool:
         """Whether full blocks are all that a commit has to see to."""
-        return self.enable_prefix_caching and not self._windowed
+        return self._publishing.is_at_blocks
 
     def commit_blocks(self, request_ids: Sequence[RequestId], blocks: TokenArray) -> list[int] | None:
         """`commit` for each of these requests, in this order, where each has just filled its last block.
@@ -346,36 +219,24 @@ class KVCacheManager:
         `blocks` int32 [len(request_ids), block_size]: their tokens. Returns the places of those whose block
         tables changed. None, and nothing done, unless they are all alike: then call `commit`.
         """
-        return self._decoding.publish(request_ids, blocks)
+        return self._publishing.commit_blocks(request_ids, blocks)
 
     def advance(self, request_id: RequestId, num_computed: int) -> bool:
         """A `commit` that only counts tokens: False, and nothing done, where it would do more."""
-        holding = self._holding(request_id)
+        holding = self._holdings[request_id]
         if not holding.num_computed <= num_computed < holding.commit_at:
             return False
         holding.num_computed = num_computed
         return True
 
-    def _next_commit(self, holding: Holding) -> int:
-        """At fewer computed tokens nothing is published, released or written to a shared block, and all have
-        slots."""
-        if holding.may_share_last:
-            return 0
-        size, computed = self.block_size, holding.num_computed
-        commit_at = min((computed // size + 1) * size, len(holding.tables[0]) * size + 1)
-        for g in self._windowed:
-            point = next(iter(self._groups[g].release_points(computed, computed + size)), commit_at)
-            commit_at = min(commit_at, point)
-        return commit_at
-
     def num_slots(self, request_id: RequestId) -> int:
         """Tokens for which a running request can be given slots without asking: nobody else writes there."""
-        holding = self._holding(request_id)
+        holding = self._holdings[request_id]
         return 0 if holding.may_share_last else len(holding.tables[0]) * self.block_size
 
     def may_share_last(self, request_id: RequestId) -> bool:
         """Whether a fork may hold the request's partially computed block too."""
-        return self._holding(request_id).may_share_last
+        return self._holdings[request_id].may_share_last
 
     def growth_points(self, start: int, end: int) -> range:
         """Lengths in (start, end] at which a sequence with `start` tokens computed needs a new block."""
@@ -384,53 +245,14 @@ class KVCacheManager:
 
     def commit_points(self, start: int, end: int) -> list[int]:
         """Numbers of computed tokens in (start, end] at which `commit` publishes or releases a block."""
-        size = self.block_size
-        points = set(range((start // size + 1) * size, end + 1, size))
-        for g in self._windowed:
-            points.update(self._groups[g].release_points(start, end))
-        return sorted(points)
-
-    def _refuse_shared_write(self, request_id: RequestId, holding: Holding, num_computed: int) -> None:
-        if num_computed == holding.num_computed:
-            return
-        for group, table in zip(self._groups, holding.tables, strict=True):
-            if shared_block(group, holding, table) is not None:
-                raise InvariantError(f"request {request_id!r} wrote a shared block; allocate after a fork")
-
-    def _publish(self, request_id: RequestId, holding: Holding, token_ids: Tokens, num_full: int) -> None:
-        self._extend_hashes(holding, token_ids, num_full)
-        start = holding.num_published
-        holding.snapshot = None  # a second copy gives way to the first one
-        for group, table in zip(self._groups, holding.tables, strict=True):
-            group.pool.publish(table, holding.hashes, start, num_full)
-        if start < holding.num_led:
-            self._in_flight.leave(request_id, holding.hashes[start : min(num_full, holding.num_led)])
-
-    def _extend_hashes(self, holding: Holding, token_ids: Tokens, num_full: int) -> None:
-        known = len(holding.hashes)
-        holding.parent = None
-        if num_full > known:
-            parent = holding.hashes[-1] if known else holding.root
-            holding.hashes.extend(
-                self._hash(parent, token_ids[known * self.block_size : num_full * self.block_size])
-            )
-
-    def _release_passed(self, g: int, holding: Holding) -> None:
-        visible = min(self._groups[g].first_visible(holding.num_computed), len(holding.tables[g]))
-        start = holding.num_released[g]
-        if visible > start:
-            table = holding.tables[g]
-            holding.snapshot = None
-            self._groups[g].pool.decref(table[start:visible])
-            table[start:visible] = null_blocks(visible - start)
-            holding.num_released[g] = visible
+        return self._publishing.points(start, end)
 
     def fork(self, parent_id: RequestId, child_id: RequestId) -> None:
         """The child shares the parent's computed blocks; whoever writes a shared block copies it.
 
         Slots allocated before the fork do not count for it: both allocate again before they write.
         """
-        parent = self._holding(parent_id)
+        parent = self._holdings[parent_id]
         if child_id in self._holdings:
             raise InvariantError(f"request {child_id!r} exists already")
         num_blocks = -(-parent.num_computed // self.block_size)
@@ -448,7 +270,7 @@ class KVCacheManager:
 
     def free(self, request_id: RequestId) -> None:
         """Give everything back, deepest block first, so that children leave before parents."""
-        holding = self._holding(request_id)
+        holding = self._holdings[request_id]
         del self._holdings[request_id]
         for g, (group, table) in enumerate(zip(self._groups, holding.tables, strict=True)):
             group.pool.decref(table[::-1])
@@ -487,14 +309,14 @@ class KVCacheManager:
     def block_tables(self, request_id: RequestId) -> tuple[BlockTable, ...]:
         """One read-only int32 array per group: block index -> block id, -1 where the window has passed. The
         same arrays as long as nothing changes."""
-        holding = self._holding(request_id)
+        holding = self._holdings[request_id]
         if holding.snapshot is None:
             holding.snapshot = tuple(_frozen(table) for table in holding.tables)
         return holding.snapshot
 
     def held_blocks(self, request_id: RequestId) -> tuple[int, ...]:
         """Per group, the blocks a request holds, those it shares included."""
-        holding = self._holding(request_id)
+        holding = self._holdings[request_id]
         pairs = zip(holding.tables, holding.num_released, strict=True)
         return tuple(len(table) - num_released for table, num_released in pairs)
 
@@ -515,8 +337,12 @@ class KVCacheManager:
 
     def stats(self) -> CacheStats:
         pools = [group.pool for group in self._groups]
-        return replace(
-            self._stats,
+        counts = self._allocating
+        return CacheStats(
+            queried_tokens=counts.queried_tokens,
+            hit_tokens=counts.hit_tokens,
+            misses=dict(counts.misses),
+            copied_blocks=counts.copied_blocks,
             **self.precision.counters(),
             published_blocks=sum(p.num_published for p in pools),
             evicted_blocks=sum(p.num_evicted for p in pools),
@@ -549,31 +375,6 @@ class KVCacheManager:
                     raise InvariantError(
                         f"block {block_id} is shared, but {request_id!r} has yet to write it"
                     )
-
-    # --- inside
-
-    def _holding(self, request_id: RequestId) -> Holding:
-        try:
-            return self._holdings[request_id]
-        except KeyError:
-            raise InvariantError(f"request {request_id!r} holds no blocks") from None
-
-    def _refuse_stale(self, match: PrefixMatch) -> None:
-        for group, blocks in zip(self._groups, match.blocks, strict=True):
-            if not group.pool.holds(blocks, match.block_hashes):
-                raise InvariantError("the cache changed since this match; match again")
-
-    def _count_admission(self, match: PrefixMatch) -> None:
-        stats = self._stats
-        misses = Counter(stats.misses)
-        misses.update(match.misses)
-        missed = sum(match.misses.values())
-        self._stats = replace(
-            stats,
-            queried_tokens=stats.queried_tokens + match.num_tokens + missed,
-            hit_tokens=stats.hit_tokens + match.num_tokens,
-            misses=dict(misses),
-        )
 
 
 def _frozen(table: Table[int]) -> BlockTable:

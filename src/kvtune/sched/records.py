@@ -23,12 +23,14 @@ class SequenceUpdate:
 
 
 class StepUpdates(Sequence[SequenceUpdate]):
-    """What became of the sampled requests of a step, in its order: one token each, side by side. A record is
-    made when it is asked for."""
+    """What became of the sampled requests of a step that ended at `now_s`, in its order: one token each, side
+    by side. A record is made when it is asked for."""
 
-    __slots__ = ("_reasons", "_sequences", "_token_ids")
+    __slots__ = ("_reasons", "_sequences", "_token_ids", "now_s", "step")
 
-    def __init__(self) -> None:
+    def __init__(self, step: int, now_s: float) -> None:
+        self.step = step
+        self.now_s = now_s
         self._sequences: Sequence[SequenceView] = ()
         self._token_ids: Sequence[int] = ()
         self._reasons: dict[int, FinishReason] = {}

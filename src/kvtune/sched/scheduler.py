@@ -13,12 +13,8 @@ else runs.
 
 from __future__ import annotations
 
-import bisect
 import collections.abc
-from array import array
-from collections.abc import Callable, Iterable, Mapping
-
-import numpy as np
+from collections.abc import Callable, Iterable
 
 from kvtune.cache import KVCacheManager
 from kvtune.config import SchedulerConfig
@@ -35,6 +31,7 @@ from kvtune.sched.restores import PlaneRestores
 from kvtune.sched.running import RunningSequences
 from kvtune.sched.sequence import Sequence, SequenceView, Status
 from kvtune.sched.step import StepPlan
+from kvtune.sched.token_intake import TokenIntake
 from kvtune.sched.traffic import Traffic
 from kvtune.spec import PoolBudget
 from kvtune.types import (
@@ -43,7 +40,6 @@ from kvtune.types import (
     Request,
     RequestId,
     RunnerOutput,
-    Sampled,
     SchedulerOutput,
     TokenArray,
 )
@@ -85,6 +81,9 @@ class Scheduler:
         self._traffic = Traffic(manager, config, self._running, Lowering(manager), self._peak)
         self._waiting, self._counts = self._traffic.waiting, self._traffic.counts
         self._growth = Growth(self._traffic)
+        self._intake = TokenIntake(
+            manager, self._running, self.finish, eos_token_ids=eos_token_ids, max_model_len=max_model_len
+        )
         self._admitting = Admitting(self._traffic, self._restores, clock)
 
     # --- requests come and go
@@ -251,73 +250,15 @@ class Scheduler:
         Requests aborted since `schedule` are skipped. One update per sampled request that is live.
         """
         pending, self._pending = self._pending, {}
-        now_s, updates = self._clock(), StepUpdates()
-        chunks, num_taken = output.chunks if not self._is_lane_pending else output.others, 0
-        if self._is_lane_pending:
-            self._is_lane_pending = False
-            num_taken = self._update_lane(output.step, result.sampled, now_s, updates)
-        sampled = {s.request_id: s.token_id for s in result.sampled[num_taken:]} if chunks else {}
-        manager = self._manager
-        sequences: list[Sequence] = []
-        token_ids: list[int] = []
-        reasons: dict[int, FinishReason] = {}
-        for chunk in chunks:
-            sequence = pending.get(chunk.request_id)
-            if sequence is None or sequence.status is not Status.RUNNING:
-                continue
-            sequence.computed(chunk.num_tokens, lowered=chunk.num_lowered_blocks > 0)
-            sequence.last_step = output.step
-            if not manager.advance(chunk.request_id, sequence.num_computed_tokens):
-                manager.commit(chunk.request_id, sequence.token_ids, sequence.num_computed_tokens)
-            if chunk.samples:
-                token_id = _token_of(chunk.request_id, sampled)
-                sequence.append(token_id, now_s)
-                reason = self._end_if_done(sequence)
-                if reason is not None:
-                    reasons[len(sequences)] = reason
-                sequences.append(sequence)
-                token_ids.append(token_id)
-        updates.extend(sequences, token_ids, reasons)
+        updates = StepUpdates(output.step, self._clock())
+        if not self._is_lane_pending:
+            self._intake.take_each(output.chunks, result.sampled, pending, updates)
+            return updates
+        self._is_lane_pending = False
+        rest = self._intake.take_lane(result.sampled, updates)
+        if output.others:
+            self._intake.take_each(output.others, rest, pending, updates)
         return updates
-
-    def _update_lane(
-        self, step: int, sampled: collections.abc.Sequence[Sampled], now_s: float, updates: StepUpdates
-    ) -> int:
-        """Every member of the lane took a token. Blocks are published and given back in service order.
-        Returns how many of `sampled` are surely theirs."""
-        running, lane, num = self._running, self._running.lane, len(self._running.lane)
-        members = lane.members
-        is_in_order = tuple([s.request_id for s in sampled[:num]]) == lane.request_ids
-        if is_in_order:
-            token_ids = array("i", [s.token_id for s in sampled[:num]])
-        else:
-            by_id = {s.request_id: s.token_id for s in sampled}
-            token_ids = array("i", [_token_of(request_id, by_id) for request_id in lane.request_ids])
-        tokens = np.frombuffer(token_ids, dtype=np.int32)
-        lane.computed(step)
-        reasons: dict[int, FinishReason] = {}
-        due, num_done = lane.to_commit(), 0
-        for i in lane.may_end(tokens):
-            sequence = members[i]
-            reason = sequence.stop_reason(
-                token_ids[i], sequence.num_tokens + 1, self._eos_token_ids, self._max_model_len
-            )
-            if reason is None:
-                continue
-            num_due = bisect.bisect_right(due, i)
-            lane.commit(due[num_done:num_due])
-            num_done = num_due
-            running.step_out(sequence)
-            sequence.append(token_ids[i], now_s)
-            self.finish(sequence.request_id, reason)
-            reasons[i] = reason
-        lane.commit(due[num_done:])
-        if reasons:
-            lane.close_ranks()
-            tokens = np.delete(tokens, list(reasons))
-        lane.append(tokens, now_s)
-        updates.extend(members, token_ids, reasons)
-        return num if is_in_order else 0
 
     # --- several steps at once
 
@@ -357,7 +298,7 @@ class Scheduler:
         self._counts["scheduled_tokens"] += len(end_s) * len(run.sequences)
         ended: list[SequenceUpdate] = []
         for sequence, own in zip(run.sequences, tokens, strict=True):
-            reason = self._end_if_done(sequence)
+            reason = self._intake.end_if_done(sequence)
             if reason is not None:
                 ended.append(
                     SequenceUpdate(
@@ -366,15 +307,6 @@ class Scheduler:
                     )
                 )  # fmt: skip
         return tuple(ended)
-
-    def _end_if_done(self, sequence: Sequence) -> FinishReason | None:
-        """Whether the token appended last ended the sequence, and why."""
-        reason = sequence.stop_reason(
-            sequence.last_token_id, sequence.num_tokens, self._eos_token_ids, self._max_model_len
-        )
-        if reason is not None:
-            self.finish(sequence.request_id, reason)
-        return reason
 
     # --- looking
 
@@ -430,12 +362,3 @@ class Scheduler:
         """Somebody leaves in the middle of a step: the lane's members are updated one by one."""
         self._pending = {s.request_id: s for s in self._running.dissolve()} | self._pending
         self._is_lane_pending = False
-
-
-def _token_of(request_id: RequestId, sampled: Mapping[RequestId, int]) -> int:
-    try:
-        return sampled[request_id]
-    except KeyError:
-        raise InvariantError(
-            f"the runner returned no token for request {request_id!r}, which samples"
-        ) from None
