@@ -248,7 +248,7 @@ def _home(name, num_slots):
 
 def test_names_that_all_want_the_same_places_are_found_kept_apart_and_forgotten():
     num_blocks = 60
-    num_slots = num_blocks * 5 // 3 + 16
+    num_slots = num_blocks * 3 // 2 + 16
     rng = np.random.default_rng(5)
     names = [n for n in (rng.bytes(32) for _ in range(12_000)) if _home(n, num_slots) in (0, num_slots - 2)]
     assert len(names) > 120  # runs of dozens, over the end of the table

@@ -7,7 +7,7 @@
 
 namespace kvtune::pool {
 
-// Names of `num_ids` blocks, 32 bytes each and owned here, 6.7 bytes of table each.
+// Names of `num_ids` blocks, 32 bytes each and owned here, 6 bytes of table each.
 class DigestIndex {
  public:
   DigestIndex(int64_t num_ids, int64_t max_evicted) : evicted(max_evicted), digests_(num_ids), table_(num_ids) {}

@@ -1,7 +1,7 @@
 // The policies "hazard" and "guarded" of a running pool: ../hazard_order.h over the tree of what the pool knows, and
 // the LRU guard. Twins: kvtune.cache.eviction_hazard, kvtune.cache.eviction_guarded.
 //
-// Contents are numbered while they are resident or remembered. Memory: 44 bytes a content and 4 a block, and 15 more
+// Contents are numbered while they are resident or remembered. Memory: 44 bytes a content and 4 a block, and 14 more
 // for the name of a content that is not resident: the pool's own index knows the others.
 #pragma once
 

@@ -1,4 +1,4 @@
-// Open addressing with linear probing over slots of four bytes, at most 60 % full. Deleting moves later entries back:
+// Open addressing with linear probing over slots of four bytes, at most two thirds full. Deleting moves later entries back:
 // there are no tombstones, and the table never grows.
 #pragma once
 
@@ -15,7 +15,7 @@ class SlotTable {
  public:
   static constexpr int64_t MOST_NUMBERS = (int64_t{1} << 28) - 1;
 
-  explicit SlotTable(int64_t max_numbers) : slots_(max_numbers * 5 / 3 + 16) {}
+  explicit SlotTable(int64_t max_numbers) : slots_(max_numbers * 3 / 2 + 16) {}
 
   // The slot of a name, and whether it is there (else: where it belongs). `is(number)`: whether it has this name.
   template <class Is>
