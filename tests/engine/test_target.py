@@ -185,7 +185,7 @@ def test_a_missing_model_is_refused_before_anything_starts(tmp_path):
 def test_a_failing_engine_is_a_target_error_and_gives_its_memory_back(target):
     running = target.start(CONFIG)
 
-    def explode(*_args):
+    def explode(*_args, **_kwargs):
         raise RuntimeError("out of memory")
 
     running.engine._runner.forward = explode

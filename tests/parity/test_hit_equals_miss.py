@@ -34,10 +34,11 @@ class _Recorder:
         self._forward = engine._runner.forward
         engine._runner.forward = self._record
 
-    def _record(self, chunks, wanted):
-        total = sum(chunk.num_tokens for chunk in chunks)
-        logits = self._forward(chunks, np.arange(total))
-        keys = [(chunk.request_id, chunk.start + i) for chunk in chunks for i in range(chunk.num_tokens)]
+    def _record(self, chunks, wanted, *, decodes=None):
+        all_chunks = [*([] if decodes is None else decodes.chunks()), *chunks]
+        total = sum(chunk.num_tokens for chunk in all_chunks)
+        logits = self._forward(chunks, np.arange(total), decodes=decodes)
+        keys = [(chunk.request_id, chunk.start + i) for chunk in all_chunks for i in range(chunk.num_tokens)]
         self.rows.update(zip(keys, logits, strict=True))
         return logits[torch.from_numpy(wanted)]
 

@@ -38,8 +38,11 @@ class _ShadowArenas:
                     stored[copy.dst * BLOCK + offset] = source
         self._copy(copies)
 
-    def _check(self, chunks, rows):
-        packed = pack_step(chunks, num_groups=len(self._groups), block_size=BLOCK, pad_rows=16)
+    def _check(self, others, rows, *, decodes=None):
+        packed = pack_step(
+            others, num_groups=len(self._groups), block_size=BLOCK, pad_rows=16, decodes=decodes
+        )
+        chunks = [*([] if decodes is None else decodes.chunks()), *others]
         texts = [self._engine._states[chunk.request_id].sequence.token_ids.tolist() for chunk in chunks]
         assert len(packed.input_ids) % 16 == 0
         for group in self._groups:
@@ -48,7 +51,7 @@ class _ShadowArenas:
             for index, (chunk, text) in enumerate(zip(chunks, texts, strict=True)):
                 for position in range(chunk.start, chunk.start + chunk.num_tokens):
                     self._read(group, packed.block_tables[group.index][index], text, position)
-        return self._forward(chunks, rows)
+        return self._forward(others, rows, decodes=decodes)
 
     def _write(self, group, chunks, texts, packed) -> None:
         slots = packed.slots[group.index]
