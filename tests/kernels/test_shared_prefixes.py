@@ -1,5 +1,8 @@
 """Sequences whose block tables begin alike read that beginning together, and no bit tells."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from paged_case import make_case, random_query
@@ -9,6 +12,7 @@ from test_write_bytes import native
 from kvtune.codecs import CODECS
 from kvtune.kernels import AttentionBatch, LayerCache, choose_backend, paged_attention
 from kvtune.kernels.reference import Masking
+from kvtune.sched.shared_reads import SharedReads
 from kvtune.spec import PackedLayout
 
 REFERENCE = choose_backend("reference")
@@ -106,6 +110,38 @@ def test_they_share_one_that_no_cache_holds():
 
     assert saved(enough) == enough * 16 // 64 * 64
     assert saved(enough // 2) == 0
+
+
+@pytest.mark.parametrize(
+    "codecs", [("int8", "int8"), ("bf16", "bf16"), ("int8", "fp8"), ("int4_rh", "n8_rh")]
+)
+@pytest.mark.parametrize("group", [1, 2, 4])
+def test_the_scheduler_knows_what_is_not_read_again(codecs, group):
+    """`kvtune.sched.shared_reads` tells the same rule without tensors, for the simulator."""
+    backend = native("avx512")
+    found: list[int] = []
+    for seed in range(6):
+        rng = random.Random(seed)
+        lengths = [rng.randint(200, 3000) for _ in range(rng.randint(2, 9))]
+        shared = {
+            s: (owner := rng.randrange(s), rng.randint(0, min(lengths[s], lengths[owner])))
+            for s in range(1, len(lengths))
+            if rng.random() < 0.8
+        }
+        case = shared_case(lengths, shared, k_codec=codecs[0], v_codec=codecs[1], group=group)
+        layout = case.cache.layout
+        rule = SharedReads(
+            k_codec=codecs[0], v_codec=codecs[1], block_size=layout.block_size, num_heads=group,
+            block_bytes=layout.block_bytes,
+        )  # fmt: skip
+        tables = [np.array(table, dtype=np.int32) for table in case.tables]
+        common = [(length - 1) // layout.block_size for length in lengths]
+        batch = case.batch([1] * len(lengths))
+        expected = backend.library.saved_tokens(case.num_heads, case.cache, batch)
+        assert rule.saved_tokens(tables, common) == expected
+        found.append(expected)
+    is_byte_product = codecs[0] != "bf16" and codecs[1] != "fp8"
+    assert any(found) == (group < 4 or not is_byte_product)
 
 
 @pytest.mark.parametrize("num_tokens", [240, 512, 528, 1024, 1040, 2048, 2112])

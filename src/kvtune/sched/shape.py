@@ -5,15 +5,16 @@ Tensor-free, so that the engine's calibration and the simulator's cost model des
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
 from kvtune.config import CacheConfig
-from kvtune.sched.shared_reads import least_saving, saved_tokens
+from kvtune.sched.shared_reads import LEAST_SHARED, SharedReads
 from kvtune.spec import KVGroup, group_block_bytes
 from kvtune.types import BlockTable, SchedulerOutput
 
@@ -47,7 +48,7 @@ class _GroupRead:
     token_bytes: float  # over the group's layers
     num_layers: int
     block_bytes: float
-    num_heads: int  # query heads per KV head
+    shared: tuple[tuple[SharedReads, int], ...]  # the rule of layers with the same codecs, and how many
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +106,11 @@ class ReadGeometry:
             own = [one[g] for one in tables]
             count = _num_repeated(np.concatenate([*own, *(one[g] for one in others)]))
             repeated += group.block_bytes * count
-            can_save = group.window is None and group.num_heads > 0
-            if can_save and count * self.block_size >= least_saving(group.num_heads):
+            if count * self.block_size >= LEAST_SHARED:
                 common = [int(start) // self.block_size for start in starts]
-                saved += group.token_bytes * saved_tokens(
-                    own, common, block_size=self.block_size, num_heads=group.num_heads
-                )
+                for rule, num_layers in group.shared:
+                    token_bytes = num_layers * rule.block_bytes / self.block_size
+                    saved += token_bytes * rule.saved_tokens(own, common)
         return Overlap(repeated, saved)
 
     def row_of(
@@ -190,9 +190,20 @@ def _num_repeated(block_ids: npt.NDArray[np.int32]) -> int:
 
 def _group_read(group: KVGroup, cache: CacheConfig, num_heads: int | None) -> _GroupRead:
     block_bytes = group_block_bytes(group, cache.codecs_of, cache.block_size)
+    shared: list[tuple[SharedReads, int]] = []
+    if num_heads and group.window is None:
+        by_codecs = Counter(cache.codecs_of(layer) for layer in group.layers)
+        one = replace(group, layers=group.layers[:1])
+        for (k, v), count in by_codecs.items():
+            size = group_block_bytes(one, lambda _, pair=(k, v): pair, cache.block_size)
+            per_kv_head = num_heads // group.num_kv_heads
+            rule = SharedReads(
+                k_codec=k, v_codec=v, block_size=cache.block_size, block_bytes=size, num_heads=per_kv_head
+            )
+            shared.append((rule, count))
     return _GroupRead(
         window=group.window, token_bytes=block_bytes / cache.block_size, num_layers=len(group.layers),
-        block_bytes=block_bytes, num_heads=(num_heads or 0) // group.num_kv_heads,
+        block_bytes=block_bytes, shared=tuple(shared),
     )  # fmt: skip
 
 
