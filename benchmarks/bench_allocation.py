@@ -5,8 +5,9 @@
 On generated chats, split by session. Search half: every pair of codecs is replayed, then `tune`'s own search
 by layer starts from the smallest that passed. Confirmation half: pairs in order of bytes, all that the search
 did not find harmful, until one passes the whole gate (replay, decode replay, probes); then tables, smallest
-first. The pairs are each tested with the whole 5 % error, the tables share theirs (Holm): what luck there is
-favours the pairs. Everything is deterministic but for the kernels' arithmetic; speed is not measured here.
+first, all that passed the search or may yet. The pairs are each tested with the whole 5 % error, the tables
+share theirs (Holm): what luck there is favours the pairs. Everything is deterministic but for the kernels'
+arithmetic; speed is not measured here.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from kvtune.quality import (
 from kvtune.testing.reference import reference_model_path
 from kvtune.testing.variants import VARIANTS
 from kvtune.tune import SearchSpace, TuneSettings, choose_for_quality
-from kvtune.tune.evaluation import Evaluator
+from kvtune.tune.evaluation import Evaluator, may_pass
 from kvtune.tune.layer_search import LayerSearch, LayerTable, layer_record
 from kvtune.tune.pace import Pace
 from kvtune.workload import demo_chat, split_by_session
@@ -89,14 +90,16 @@ class Study:
         return sorted(rows, key=lambda row: (row["bytes_per_token"], kl_of(row["search"])))
 
     def tables(self, anchor: Mapping[str, Any]) -> tuple[list[LayerTable], dict[str, Any] | None]:
-        """Tables that passed on the search half, fewest bytes first, and the record of their search."""
+        """Tables that passed on the search half or may yet, as with pairs, fewest bytes first, and the record
+        of their search."""
         search = LayerSearch(
             self.target, self.space, self.settings, evaluator=self.evaluator, pace=self.pace, rng=self.rng,
             left_s=lambda: UNBOUNDED_S, say=lambda text: print(f"  {text}", flush=True),
         )  # fmt: skip
         found = search.run(anchor)
         best = found.passing[0].config if found.passing else anchor
-        return found.passing, layer_record(self.target, found, best, context=CONTEXT)
+        tables = sorted((t for t in found.tables if may_pass(t.quality)), key=lambda t: t.num_bytes)
+        return tables, layer_record(self.target, found, best, context=CONTEXT)
 
     # -- confirmation half
 
