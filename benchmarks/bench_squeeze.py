@@ -239,7 +239,7 @@ def passed(
         "all_finished": all(run.finished == run.num_requests for run in runs),
         "goodput": decisive is not None and statistics.median(decisive.ratios) >= WANTED,
         "quality": verdict is not None,
-        "full_precision_afterwards": all(run.lowered_at_end == 0 for run in reversible),
+        "full_precision_afterwards": all(run.lowered_again == 0 for run in reversible),
         "within_budget": all(run.peak_over_budget_bytes <= 0 for run in reversible),
         **{name: bits is not None and bits[name] for name in BITS_KEPT},
     }

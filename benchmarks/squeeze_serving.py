@@ -27,6 +27,8 @@ IN_FLIGHT = (4, 6, 8, 10, 12, 16, 24, 32)
 SPARE = "256MiB"
 SAMPLE_STEPS = 16
 """Steps between two looks at what is held."""
+ASKED_AGAIN = 16
+"""Requests sent once more when a run is over."""
 NESTED = {"k_codec": "n8_rh", "v_codec": "n8_rh"}
 
 
@@ -52,8 +54,10 @@ class Arrival:
 @dataclass
 class Run:
     """One arm's run. `held`: requests within the SLO; `squeezed`: those that came while half was gone.
-    `mean_held_bytes`: what running requests held then, over time. `lowered_at_end`: blocks without their low
-    plane when the last planes have come back."""
+    `mean_held_bytes`: what running requests held then, over time. `lowered_at_end`: cached blocks whose low
+    plane has not come back, as nobody asks for them and other cached blocks have the room.
+    `lowered_again`: of the last requests, sent once more when all is over, those that read a token below
+    nominal precision."""
 
     goodput: float
     held: int
@@ -73,6 +77,7 @@ class Run:
     restored_planes: int
     lost_planes: int
     lowered_at_end: int
+    lowered_again: int
     bytes_moved: int
     peak_arena_bytes: int
     peak_over_budget_bytes: int
@@ -240,19 +245,19 @@ def serve(
         if not steps % SAMPLE_STEPS:
             watch.look(counts=first <= sent < last)
     duration = clock() - start
-    return run_of(engine, outputs, watch, slo, duration, range(first, last), len(stream))
+    return run_of(engine, outputs, watch, slo, duration, range(first, last), stream)
 
 
 def run_of(
     engine: Engine, outputs: Mapping[str, RequestOutput], watch: Watch, slo: Slo, duration: float,
-    middle: range, num_requests: int,
+    middle: range, stream: Sequence[Arrival],
 ) -> Run:  # fmt: skip
-    left = lowered_at_end(engine)
+    settle(engine)
     counters = engine.stats().counters()
     held = {name for name, o in outputs.items() if within(o, slo)}
     mean_held, mean_running = watch.mean()
     return Run(
-        goodput=len(held) / duration, held=len(held), finished=len(outputs), num_requests=num_requests,
+        goodput=len(held) / duration, held=len(held), finished=len(outputs), num_requests=len(stream),
         squeezed_held=len(held & {str(i) for i in middle}), squeezed=len(middle), duration_s=duration,
         ttft_p95_s=float(np.quantile([o.metrics.ttft_s or np.inf for o in outputs.values()], 0.95)),
         tpot_p95_s=float(np.quantile([o.metrics.tpot_s or 0.0 for o in outputs.values()], 0.95)),
@@ -260,18 +265,24 @@ def run_of(
         preemptions=int(counters["preemptions"]), recomputed_tokens=int(counters["recomputed_tokens"]),
         lowered_requests=sum(o.num_lowered_tokens > 0 for o in outputs.values()),
         dropped_planes=int(counters["dropped_planes"]), restored_planes=int(counters["restored_planes"]),
-        lost_planes=int(counters["lost_planes"]), lowered_at_end=left,
+        lost_planes=int(counters["lost_planes"]), lowered_at_end=int(counters["blocks_lowered"]),
+        lowered_again=lowered_again(engine, stream[-ASKED_AGAIN:]),
         bytes_moved=int(counters["plane_bytes_dropped"] + counters["plane_bytes_restored"]),
         peak_arena_bytes=watch.peak_arena, peak_over_budget_bytes=watch.peak_over,
     )  # fmt: skip
 
 
-def lowered_at_end(engine: Engine) -> int:
-    """Blocks without their low plane once no more planes come back to an engine that nobody uses."""
+def settle(engine: Engine) -> None:
+    """Until no more planes come back to an engine that nobody uses."""
     left = -1
     while left != (left := int(engine.stats().counters()["blocks_lowered"])):
         engine.step()
-    return left
+
+
+def lowered_again(engine: Engine, stream: Sequence[Arrival]) -> int:
+    """Of these requests, sent once more one by one, those that read a token below nominal precision."""
+    outputs = [engine.generate([one.prompt], sampling(16))[0] for one in stream]
+    return sum(output.num_lowered_tokens > 0 for output in outputs)
 
 
 def within(output: RequestOutput, slo: Slo) -> bool:
