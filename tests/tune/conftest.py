@@ -203,6 +203,8 @@ class LayeredTarget(FakeTarget):
     weight: Mapping[str, Sequence[float]] = field(default_factory=lambda: dict(LAYER_WEIGHT))
     has_planes: bool = True
     has_layers: bool = True
+    confirm_relief: float = 1.0
+    """What damage is multiplied by on the requests of `confirm_ids`."""
 
     def layer_codecs(self) -> LayerCodecs:
         nested = {"stored": "n8_rh", "high": "n4_rh"} if self.has_planes else {}
@@ -248,6 +250,8 @@ class LayeredRunning(FakeRunning):
             for at, (side, codec) in enumerate(zip("kv", pair, strict=True)):
                 read = "n4_rh" if self.planes.get(layer, (2, 2))[at] == 1 else codec
                 spread = LAYER_DAMAGE[read] * target.weight[side][layer]
+                if item_id in target.confirm_ids:
+                    spread *= target.confirm_relief
                 if spread:
                     noise = seeded("damage", item_id, side, layer, read).normal(0, 1, logits.shape)
                     logits = logits + spread * noise

@@ -107,6 +107,27 @@ def test_a_table_is_judged_on_the_confirmation_half_like_any_other(
     assert any("layer_codecs" in r["config"] and r["reason"].startswith("FAIL") for r in record["rejected"])
 
 
+def test_a_table_the_search_could_not_decide_wins_if_unseen_requests_settle_it(
+    layered: Any, requests_: Any, tmp_path: Path
+) -> None:
+    """Of the steps below the first that is confirmed, the smallest that stands; none is claimed untested."""
+    _, confirm = split_by_session(requests_, 0.5, np.random.default_rng(0))
+    weight = {"k": (1.0, 0.5, 0.06, 0.06), "v": (0.8, 0.4, 0.06, 0.06)}
+    ids = frozenset(r.request_id for r in confirm)
+    mild = layered(weight=weight, confirm_ids=ids, confirm_relief=0.2)
+    record = tune(mild, requests_, tmp_path / "mild", budget_s=3000.0)
+    winner = record["winner"]["config"]
+    searched = {
+        json.dumps(t["config"]["layer_codecs"]): t for t in record["trials"] if "layer_codecs" in t["config"]
+    }
+    trial = searched[json.dumps(winner["layer_codecs"])]
+    assert trial["status"] == "infeasible" and trial["quality"]["verdict"] == "UNDECIDED"
+    assert record["quality"]["verdict"] == "PASS"
+    alike = tune(layered(weight=weight), requests_, tmp_path / "alike", budget_s=3000.0)
+    size = mild.kv_bytes_per_token(winner, context=2048)
+    assert size < mild.kv_bytes_per_token(alike["winner"]["config"], context=2048)
+
+
 def test_asked_not_to_it_searches_no_layers(layered: Any, requests_: Any, tmp_path: Path) -> None:
     target = layered()
     record = tune(target, requests_, tmp_path / "out", per_layer=False)

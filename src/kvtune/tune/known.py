@@ -113,6 +113,15 @@ class Known:
         better += [t for t in above if objective.is_better(t, baseline)]
         return sorted(better, key=functools.cmp_to_key(lambda a, b: -1 if objective.is_better(a, b) else 1))
 
+    def undecided_below(self, config: Config) -> list[Config]:
+        """Smaller rungs that the search judged and could not decide, largest first: more requests may."""
+        found: list[Config] = []
+        for _, rung in self.smaller_rungs(config):
+            known = self._evaluator.verdicts.get(self._space.read_key(rung))
+            if known is not None and known["verdict"] == Verdict.UNDECIDED.value and may_pass(known):
+                found.append(rung)
+        return found
+
     def failing_step(
         self, confirmed: Confirmed | None, rejected: Sequence[Confirmed]
     ) -> Mapping[str, Any] | None:

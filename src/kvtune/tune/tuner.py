@@ -21,7 +21,7 @@ import numpy as np
 from kvtune.config import format_layer_codecs
 from kvtune.quality import Verdict
 from kvtune.recipe import canonical_json, write_atomically
-from kvtune.target import AllocatesLayers, LoadRequest, Target
+from kvtune.target import AllocatesLayers, Config, LoadRequest, Target
 from kvtune.tune.ablation import Ablation
 from kvtune.tune.confirmation import Confirmation, Confirmed, candidate_s, reserve_s
 from kvtune.tune.evaluation import Evaluator, may_pass, plain
@@ -120,7 +120,7 @@ class _Run:
         ablation = Ablation(self._evaluator, self._space, self._known.trials, pace=self._pace)
         with self._pace.holding(ablation.cost_s(candidates[0].config) if candidates else 0.0):
             with self._pace.holding(self._squeeze_s()):
-                confirmation = self._confirmation(len(candidates))
+                confirmation = self._confirmation(candidates)
                 confirmed, rejected = self._confirm(confirmation, candidates)
             squeeze = self._prove_squeeze(confirmation, confirmed)
         further: dict[str, Any] = {}
@@ -288,13 +288,15 @@ class _Run:
 
     # -- confirmation
 
-    def _confirmation(self, num_candidates: int) -> Confirmation:
+    def _confirmation(self, candidates: Sequence[Trial]) -> Confirmation:
+        num_candidates = len(candidates)
         self._say("confirm", "measuring the baseline on requests the search never saw")
         confirmation = Confirmation(
             self._target, self._space, self._settings, pace=self._pace, search=self._evaluator.baseline,
             requests=self._confirm_half, rng=self._rng,
         )  # fmt: skip
-        confirmation.share_error(min(num_candidates, self._settings.max_confirmed))
+        num_reached = len(self._known.undecided_below(candidates[0].config)) if candidates else 0
+        confirmation.share_error(min(num_candidates + num_reached, self._settings.max_confirmed))
         confirmation.measure_baseline(runs=1 if num_candidates else 2)
         return confirmation
 
@@ -309,22 +311,50 @@ class _Run:
                 continue
             if len(rejected) >= self._settings.max_confirmed or (rejected and self._has_no_time()):
                 break
-            self._say("confirm", f"confirming {_brief(trial.config)}")
-            confirmed = confirmation.confirm(trial.config, index=len(rejected))
-            ratio = (trial.bytes_per_token or 0.0) / self._evaluator.baseline.bytes_per_token
-            if not confirmed.rejected and is_better_confirmed(
-                confirmed, bytes_ratio=ratio, has_slo=self._settings.slo is not None
-            ):
-                self._say("confirm", f"confirmed {_brief(trial.config)}: {confirmed.quality.reason}")
-                return confirmed, rejected
-            rejected.append(confirmed)
-            if confirmed.quality.verdict is not Verdict.PASS:
+            confirmed = self._confirm_one(confirmation, trial.config, len(rejected), rejected)
+            if confirmed is not None:
+                return self._reach(confirmation, confirmed, rejected), rejected
+            if rejected[-1].quality.verdict is not Verdict.PASS:
                 harmful.add(self._space.read_key(trial.config))
-            why = confirmed.rejected or "no significant gain over the baseline"
-            self._say("confirm", f"not confirmed {_brief(trial.config)}: {why}")
         if len(confirmation.baseline_reports) < 2:
             confirmation.measure_baseline()
         return None, rejected
+
+    def _confirm_one(
+        self, confirmation: Confirmation, config: Config, index: int, rejected: list[Confirmed]
+    ) -> Confirmed | None:
+        """The candidate if it stands and is worth it; None, and it is in `rejected`, otherwise."""
+        self._say("confirm", f"confirming {_brief(config)}")
+        found = confirmation.confirm(config, index=index)
+        size = self._evaluator.bytes_per_token(config) or 0.0
+        ratio = size / self._evaluator.baseline.bytes_per_token
+        has_slo = self._settings.slo is not None
+        if not found.rejected and is_better_confirmed(found, bytes_ratio=ratio, has_slo=has_slo):
+            self._say("confirm", f"confirmed {_brief(config)}: {found.quality.reason}")
+            return found
+        rejected.append(found)
+        why = found.rejected or "no significant gain over the baseline"
+        self._say("confirm", f"not confirmed {_brief(config)}: {why}")
+        return None
+
+    def _reach(self, confirmation: Confirmation, winner: Confirmed, rejected: list[Confirmed]) -> Confirmed:
+        """The smallest of the steps below the winner that stand, tried downwards until one does not.
+
+        The search could not decide them; the requests it never saw are more. The winner's share of the error
+        is free once it passed.
+        """
+        if self._settings.slo is not None:
+            return winner  # bytes alone do not win
+        index = len(rejected)
+        for config in self._known.undecided_below(winner.config):
+            index += 1
+            if index >= self._settings.max_confirmed or self._has_no_time():
+                break
+            found = self._confirm_one(confirmation, config, index, rejected)
+            if found is None:
+                break
+            winner = found
+        return winner
 
     def _squeeze_s(self) -> float:
         return SQUEEZE_SHARE * self._pace.budget_s if self._settings.squeeze else 0.0
