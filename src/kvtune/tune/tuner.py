@@ -338,10 +338,10 @@ class _Run:
         return None
 
     def _reach(self, confirmation: Confirmation, winner: Confirmed, rejected: list[Confirmed]) -> Confirmed:
-        """The smallest of the steps below the winner that stand, tried downwards until one does not.
+        """The smallest of the steps below the winner that stand, tried downwards until the gate stops one.
 
         The search could not decide them; the requests it never saw are more. The winner's share of the error
-        is free once it passed.
+        is free once it passed. One that is harmless but slow leaves the others their chance.
         """
         if self._settings.slo is not None:
             return winner  # bytes alone do not win
@@ -351,9 +351,9 @@ class _Run:
             if index >= self._settings.max_confirmed or self._has_no_time():
                 break
             found = self._confirm_one(confirmation, config, index, rejected)
-            if found is None:
+            if found is None and rejected[-1].quality.verdict is not Verdict.PASS:
                 break
-            winner = found
+            winner = found or winner
         return winner
 
     def _squeeze_s(self) -> float:
