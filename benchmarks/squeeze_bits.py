@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from squeeze_serving import settle
 
 from kvtune import CacheConfig, Engine, EngineConfig, SamplingParams, SchedulerConfig
 from kvtune.engine import LoadedModel, load_model
@@ -97,11 +98,7 @@ def _second_wave(engine: Engine, prompts: list[list[int]]) -> list[tuple[Any, ..
     ended: dict[str, RequestOutput] = {}
     while engine.has_unfinished:
         ended |= {o.request_id: o for o in engine.step(finished_only=True)}
-    while engine.stats().counters()["blocks_lowered"]:
-        before = engine.stats().counters()["restored_planes"]
-        engine.step()  # planes of cached blocks come back while nobody runs
-        if engine.stats().counters()["restored_planes"] == before:
-            break
+    settle(engine)
     outputs = (ended[f"b{i}"] for i in range(len(prompts)))
     return [(o.token_ids, o.logprobs, o.top_logprobs, o.num_lowered_tokens) for o in outputs]
 
