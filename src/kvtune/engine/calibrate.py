@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -133,20 +133,21 @@ def calibrate(
     timer = StepTimer(engine, clock=clock)
     load = _Load(engine, timer, np.random.default_rng(seed))
     original = engine.scheduler_config
+
+    def steps(of_seconds: float) -> Iterable[int]:
+        return range(_ROUND_STEPS) if num_rounds is not None else _until(clock, of_seconds)
+
     try:
         begin = clock()
-        if num_rounds is None:
-            load.round(_until(clock, _WARM_UP_S))
-        else:
-            load.round(iter(range(_ROUND_STEPS)))
+        load.round(steps(_WARM_UP_S))
         timer.calibration.shapes.clear()
         timer.calibration.seconds.clear()
         timer.calibration.submissions.clear()
-        shares = _shares(clock, begin, seconds) if num_rounds is None else _counted(num_rounds)
-        for share in shares:
+        by_count = np.linspace(0.0, 1.0, num_rounds or 0, endpoint=False).tolist()
+        for share in by_count if num_rounds is not None else _shares(clock, begin, seconds):
             if on_progress is not None:
                 on_progress(share)
-            load.round(_until(clock, _ROUND_S) if num_rounds is None else iter(range(_ROUND_STEPS)))
+            load.round(steps(_ROUND_S))
     finally:
         load.end()
         timer.close()
@@ -159,10 +160,6 @@ def _shares(clock: Callable[[], float], begin: float, seconds: float) -> Iterato
     """The share of the time spent, before each round."""
     while (spent := clock() - begin) < seconds:
         yield spent / seconds
-
-
-def _counted(num_rounds: int) -> Iterator[float]:
-    return (number / num_rounds for number in range(num_rounds))
 
 
 def _until(clock: Callable[[], float], seconds: float) -> Iterator[int]:
@@ -202,7 +199,7 @@ class _Load:
         self._live: list[str] = []
         self._ids = itertools.count()
 
-    def round(self, steps: Iterator[int]) -> None:
+    def round(self, steps: Iterable[int]) -> None:
         engine = self._engine
         fewer = max(0.0, self._rng.uniform(-3.0, 3.0))  # half of the rounds have the engine's own budget
         budget = max(16, round(self._config.max_num_batched_tokens * 2.0**-fewer))
