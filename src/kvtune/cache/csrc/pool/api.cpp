@@ -157,7 +157,7 @@ KVTUNE_API int32_t kvtune_pool_publish_each(BlockPool* p, int32_t* ids, const in
                                             const uint8_t* digests, int64_t start, int64_t num) {
   return guarded([&] {
     const Digest* names = from(digests, start);
-    for (int64_t i = 0; i < num; ++i) ids[i] = p->publish_one(ids[i], parents[i], names[i]);
+    for (int64_t i = 0; i < num; ++i) ids[i] = p->publish_one(ids[i], parents[i], names[i], names[i].mixed());
   });
 }
 
@@ -195,11 +195,15 @@ KVTUNE_API int32_t kvtune_index_find(const BlockPool* p, const uint8_t* digest) 
   return p->index.find(*from(digest, 0));
 }
 KVTUNE_API int32_t kvtune_index_insert(BlockPool* p, const uint8_t* digest, int32_t id) {
-  return p->index.insert(*from(digest, 0), id);
+  return p->index.insert(*from(digest, 0), from(digest, 0)->mixed(), id);
 }
-KVTUNE_API int32_t kvtune_index_evict(BlockPool* p, const uint8_t* digest) { return p->index.evict(*from(digest, 0)); }
+KVTUNE_API int32_t kvtune_index_evict(BlockPool* p, const uint8_t* digest) {
+  const int32_t id = p->index.find(*from(digest, 0));
+  return id != pool::NO_ID && p->index.evict(id, from(digest, 0)->mixed());
+}
 KVTUNE_API int32_t kvtune_index_forget(BlockPool* p, const uint8_t* digest) {
-  return p->index.forget(*from(digest, 0));
+  const int32_t id = p->index.find(*from(digest, 0));
+  return id != pool::NO_ID && p->index.forget(id, from(digest, 0)->mixed());
 }
 KVTUNE_API int32_t kvtune_index_was_evicted(const BlockPool* p, const uint8_t* digest) {
   return p->index.evicted.contains(from(digest, 0)->mixed());

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "digest_index.h"
+#include "mixed_ahead.h"
 #include "order.h"
 
 namespace kvtune::pool {
@@ -61,10 +62,10 @@ class BlockPool {
   // --- looking
 
   int64_t find_run(const Digest* digests, int64_t num, int32_t* out) const {
+    MixedAhead ahead(digests, num, [this](uint64_t mixed) { index.prefetch(mixed); });
     for (int64_t i = 0; i < num; ++i) {
-      if (i + AHEAD < num) index.prefetch(digests[i + AHEAD].mixed());
-      if (i + AHEAD / 2 < num) index.prefetch_name(digests[i + AHEAD / 2]);
-      out[i] = index.find(digests[i]);
+      out[i] = index.find(digests[i], ahead.take(i));
+      if (i + SOON < num) index.prefetch_first(ahead.later(i + SOON));
       if (out[i] == NO_ID) return i;
     }
     return num;
@@ -78,13 +79,13 @@ class BlockPool {
   }
 
   void mark_seen(const Digest* digests, int64_t num, uint8_t* seen) const {
+    MixedAhead ahead(digests, num, [this](uint64_t mixed) {
+      index.prefetch(mixed);
+      index.evicted.prefetch(mixed);
+    });
     for (int64_t i = 0; i < num; ++i) {
-      if (i + AHEAD < num) {
-        const uint64_t mixed = digests[i + AHEAD].mixed();
-        index.prefetch(mixed);
-        index.evicted.prefetch(mixed);
-      }
-      if (index.evicted.contains(digests[i].mixed()) || index.find(digests[i]) != NO_ID) seen[i] = 1;
+      const uint64_t mixed = ahead.take(i);
+      if (index.evicted.contains(mixed) || index.find(digests[i], mixed) != NO_ID) seen[i] = 1;
     }
   }
 
@@ -123,8 +124,12 @@ class BlockPool {
 
   void take(Part which, int64_t num, int32_t* out) {
     Part_& part = parts_[which];
+    int64_t num_fetched = 0;
     for (int64_t i = 0; i < num; ++i) {
-      while (part.num_free() == 0 || part.num_taken() >= part.budget) evict(part);
+      while (part.num_free() == 0 || part.num_taken() >= part.budget) {
+        if (num_fetched-- == 0) num_fetched = prefetch_evictions(*part.order, num - i) - 1;
+        evict(part);
+      }
       out[i] = pop_free(part);
       states_[out[i]] = 1;
     }
@@ -160,25 +165,24 @@ class BlockPool {
 
   // Makes table[start..end-1] findable under digests[start..end-1]; the canonical blocks replace second copies.
   void publish(int32_t* table, const Digest* digests, int64_t start, int64_t end) {
+    MixedAhead ahead(digests + start, end - start, [this](uint64_t mixed) {
+      index.prefetch(mixed);
+      index.evicted.prefetch(mixed);
+      parts_[BODY].order->prefetch_name(mixed);
+    });
     for (int64_t i = start; i < end; ++i) {
-      if (i + AHEAD < end) {
-        const uint64_t mixed = digests[i + AHEAD].mixed();
-        index.prefetch(mixed);
-        index.evicted.prefetch(mixed);
-        parts_[BODY].order->prefetch_name(mixed);
-      }
-      table[i] = publish_one(table[i], i > 0 ? table[i - 1] : NO_ID, digests[i]);
+      table[i] = publish_one(table[i], i > 0 ? table[i - 1] : NO_ID, digests[i], ahead.take(i - start));
     }
   }
 
   // Makes a block findable; `before` is the one before it in its table. Returns the canonical block.
-  int32_t publish_one(int32_t id, int32_t before, const Digest& digest) {
+  int32_t publish_one(int32_t id, int32_t before, const Digest& digest, uint64_t mixed) {
     if (is_published(id)) {
       if (!(index.digest(id) == digest)) throw about(id, "is published under another hash");
       return id;
     }
-    if (!index.insert(digest, id)) {
-      const int32_t canonical = index.find(digest);
+    if (!index.insert(digest, mixed, id)) {
+      const int32_t canonical = index.find(digest, mixed);
       incref(&canonical, 1);
       decref(&id, 1);
       ++num_duplicates_;
@@ -187,17 +191,18 @@ class BlockPool {
     states_[id] |= PUBLISHED;
     ++num_published_;
     const bool is_apart = before < 0 || part_of(before) != part_of(id);
-    order_of(id).insert(id, is_apart ? NO_ID : before, digest);
+    order_of(id).insert(id, is_apart ? NO_ID : before, mixed);
     return id;
   }
 
   // Frees the idle blocks with these contents.
   void forget(const Digest* digests, int64_t num) {
     for (int64_t i = 0; i < num; ++i) {
-      const int32_t id = index.find(digests[i]);
+      const uint64_t mixed = digests[i].mixed();
+      const int32_t id = index.find(digests[i], mixed);
       if (id == NO_ID || ref_count(id) != 0) continue;
-      order_of(id).remove(id);
-      index.forget(digests[i]);
+      order_of(id).remove(id, mixed);
+      index.forget(id, mixed);
       states_[id] = 0;
       push_free(part(id), id);
     }
@@ -249,7 +254,8 @@ class BlockPool {
 
  private:
   static constexpr uint32_t PUBLISHED = 1u << 31;
-  static constexpr int64_t AHEAD = 12;
+  static constexpr int64_t SOON = 6;    // places ahead, to fetch what was found through what was fetched before
+  static constexpr int64_t WAVE = 16;  // evictions looked ahead to at once
 
   // One range of ids. Those from `fresh` on were never taken; those returned lie on a stack.
   struct Part_ {
@@ -284,29 +290,33 @@ class BlockPool {
     const int32_t id = part.order->victim();
     if (id == NO_ID) throw PoolError("no block is free or idle; the caller must test for room first");
     if (!is_idle(id)) throw about(id, "was chosen by the eviction policy, and is not idle");
-    prefetch_evictions(*part.order, id);
-    part.order->remove(id);
-    const Digest digest = index.digest(id);
-    index.evict(digest);
+    const uint64_t mixed = index.digest(id).mixed();
+    part.order->remove(id, mixed);
+    index.evict(id, mixed);
     states_[id] = 0;
     push_free(part, id);
     ++num_evicted_;
   }
 
   void prefetch_ahead(const int32_t* ids, int64_t i, int64_t num) const {
-    if (i + AHEAD / 2 < num && ids[i + AHEAD / 2] >= 0) parts_[BODY].order->prefetch_block(ids[i + AHEAD / 2]);
+    if (i + SOON < num && ids[i + SOON] >= 0) parts_[BODY].order->prefetch_block(ids[i + SOON]);
   }
 
-  // Evictions come in runs: what the ones behind that of `id` will read.
-  void prefetch_evictions(const Order& order, int32_t id) const {
-    const int32_t next = order.likely_after(id);
-    if (next == NO_ID) return;
-    const uint64_t mixed = index.digest(next).mixed();
-    index.prefetch(mixed);
-    index.evicted.prefetch(mixed);
-    order.prefetch_name(mixed);
-    const int32_t later = order.likely_after(next);
-    if (later != NO_ID) index.prefetch_name(later);
+  // Evictions come in runs: what the next ones will read, as far as they can be foreseen. How many those are.
+  int64_t prefetch_evictions(Order& order, int64_t num) const {
+    int32_t ids[WAVE];
+    int64_t num_likely = 0;
+    for (int32_t id = order.victim(); id != NO_ID && num_likely < std::min(num, WAVE); id = order.likely_after(id)) {
+      index.prefetch_name(id);
+      ids[num_likely++] = id;
+    }
+    for (int64_t i = 0; i < num_likely; ++i) {
+      const uint64_t mixed = index.digest(ids[i]).mixed();
+      index.prefetch(mixed);
+      index.evicted.prefetch(mixed);
+      order.prefetch_name(mixed);
+    }
+    return std::max<int64_t>(num_likely, 1);
   }
 
   void renew_orders() {

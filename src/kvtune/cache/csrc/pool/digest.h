@@ -14,13 +14,16 @@ struct Digest {
 
   bool operator==(const Digest& other) const { return std::memcmp(words, other.words, sizeof(words)) == 0; }
 
-  // Well mixed whatever the name is made of (murmur3's finaliser over a sum of the words).
+  // Well mixed whatever the name is made of: both halves of products of its words (Wang 2019, wyhash).
   uint64_t mixed() const {
-    uint64_t x = words[0] + 0x9e3779b97f4a7c15 * words[1] + 0xc2b2ae3d27d4eb4f * words[2] +
-                 0x165667b19e3779f9 * words[3];
-    x = (x ^ x >> 33) * 0xff51afd7ed558ccd;
-    x = (x ^ x >> 33) * 0xc4ceb9fe1a85ec53;
-    return x ^ x >> 33;
+    return folded(words[0] ^ 0x9e3779b97f4a7c15, words[1] ^ 0xc2b2ae3d27d4eb4f) +
+           folded(words[2] ^ 0x165667b19e3779f9, words[3] ^ 0xff51afd7ed558ccd);
+  }
+
+ private:
+  static uint64_t folded(uint64_t a, uint64_t b) {
+    const unsigned __int128 product = static_cast<unsigned __int128>(a) * b;
+    return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
   }
 };
 static_assert(sizeof(Digest) == 32);

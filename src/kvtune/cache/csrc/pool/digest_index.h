@@ -10,17 +10,18 @@ namespace kvtune::pool {
 // Names of `num_ids` blocks, 32 bytes each and owned here, 6 bytes of table each.
 class DigestIndex {
  public:
-  DigestIndex(int64_t num_ids, int64_t max_evicted) : evicted(max_evicted), digests_(num_ids), table_(num_ids) {}
+  DigestIndex(int64_t num_ids, int64_t max_evicted)
+      : evicted(max_evicted), digests_(num_ids), table_(num_ids, num_ids) {}
 
-  // -1: nobody.
-  int32_t find(const Digest& digest) const {
-    const auto [slot, is_there] = slot_of(digest, digest.mixed());
+  // -1: nobody. `mixed`: of the name, here and below.
+  int32_t find(const Digest& digest, uint64_t mixed) const {
+    const auto [slot, is_there] = slot_of(digest, mixed);
     return is_there ? table_.number(slot) : -1;
   }
+  int32_t find(const Digest& digest) const { return find(digest, digest.mixed()); }
 
   // False where the name has a block already.
-  bool insert(const Digest& digest, int32_t id) {
-    const uint64_t mixed = digest.mixed();
+  bool insert(const Digest& digest, uint64_t mixed, int32_t id) {
     const auto [slot, is_there] = slot_of(digest, mixed);
     if (is_there) return false;
     table_.put(slot, mixed, id);
@@ -29,15 +30,15 @@ class DigestIndex {
     return true;
   }
 
-  bool evict(const Digest& digest) {
-    if (!forget(digest)) return false;
-    evicted.add(digest.mixed());
+  bool evict(int32_t id, uint64_t mixed) {
+    if (!forget(id, mixed)) return false;
+    evicted.add(mixed);
     return true;
   }
 
-  bool forget(const Digest& digest) {
-    const auto [slot, is_there] = slot_of(digest, digest.mixed());
-    if (is_there) table_.erase(slot, [this](int32_t id) { return digests_[id].mixed(); });
+  bool forget(int32_t id, uint64_t mixed) {
+    const auto [slot, is_there] = table_.find(mixed, [id](int32_t other) { return other == id; });
+    if (is_there) table_.erase(slot, [this](int32_t other) { return digests_[other].mixed(); });
     return is_there;
   }
 
@@ -48,9 +49,9 @@ class DigestIndex {
 
   // What a search will read first; then, once that is there, what it will compare; what an eviction will read first.
   void prefetch(uint64_t mixed) const { table_.prefetch(mixed); }
-  void prefetch_name(const Digest& digest) const {
-    const int32_t id = table_.first(digest.mixed());
-    if (id >= 0) __builtin_prefetch(&digests_[id]);
+  void prefetch_first(uint64_t mixed) const {
+    const int32_t id = table_.first(mixed);
+    if (id >= 0) prefetch_name(id);
   }
   void prefetch_name(int32_t id) const { __builtin_prefetch(&digests_[id]); }
 

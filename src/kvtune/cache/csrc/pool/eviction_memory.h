@@ -18,9 +18,8 @@ class EvictionMemory {
 
   void add(uint64_t mixed) {
     ++now_;
-    uint64_t* first = bucket(mixed);
-    uint64_t* second = other_bucket(mixed);
-    uint64_t* place = num_live(first) <= num_live(second) ? oldest(first) : oldest(second);
+    const Oldest first = oldest(bucket(mixed)), second = oldest(other_bucket(mixed));
+    uint64_t* place = first.num_live <= second.num_live ? first.place : second.place;
     *place = uint64_t{now_} << 32 | (mixed & 0xffffffff);
   }
 
@@ -40,37 +39,53 @@ class EvictionMemory {
   int64_t bytes() const { return places_.bytes(); }
 
  private:
-  static constexpr int BUCKET = 8;
+  static constexpr int BUCKET = 8;  // a cache line
+  static constexpr int64_t NEVER = int64_t{1} << 32;
 
   uint64_t* bucket(uint64_t mixed) { return places_.data() + BUCKET * place_of(mixed, num_buckets_); }
   uint64_t* other_bucket(uint64_t mixed) {
     return places_.data() + BUCKET * place_of((mixed ^ mixed >> 29) * 0x9e3779b97f4a7c15, num_buckets_);
   }
 
-  uint32_t age(uint64_t entry) const { return now_ - static_cast<uint32_t>(entry >> 32); }
-  bool is_live(uint64_t entry) const { return entry != 0 && age(entry) < max_evicted_; }
+  // Of what never was: older than all.
+  int64_t age(uint64_t entry) const { return entry == 0 ? NEVER : now_ - static_cast<uint32_t>(entry >> 32); }
+  bool is_live(uint64_t entry) const { return age(entry) < max_evicted_; }
 
-  int num_live(const uint64_t* places) const {
-    return static_cast<int>(std::count_if(places, places + BUCKET, [&](uint64_t e) { return is_live(e); }));
-  }
+  struct Oldest {
+    uint64_t* place;
+    int num_live;
+  };
 
-  uint64_t* oldest(uint64_t* places) const {
-    uint64_t* found = places;
+  Oldest oldest(uint64_t* places) const {
+    int64_t most = -1;
+    Oldest found{places, 0};
     for (uint64_t* p = places; p < places + BUCKET; ++p) {
-      if (!is_live(*p)) return p;
-      if (age(*p) > age(*found)) found = p;
+      const int64_t own = age(*p);
+      found.num_live += own < max_evicted_;
+      found.place = own > most ? p : found.place;
+      most = std::max(most, own);
     }
     return found;
   }
 
   uint64_t* find(uint64_t mixed) {
     if (now_ == 0) return nullptr;
-    for (uint64_t* places : {bucket(mixed), other_bucket(mixed)}) {
+    uint64_t* first = bucket(mixed);
+    uint64_t* second = other_bucket(mixed);
+    if (!holds(first, mixed) && !holds(second, mixed)) return nullptr;
+    for (uint64_t* places : {first, second}) {
       for (uint64_t* p = places; p < places + BUCKET; ++p) {
         if (static_cast<uint32_t>(*p) == static_cast<uint32_t>(mixed) && is_live(*p)) return p;
       }
     }
     return nullptr;
+  }
+
+  // Whether an entry of this name lies there, too old or not.
+  static bool holds(const uint64_t* places, uint64_t mixed) {
+    bool is_there = false;
+    for (int i = 0; i < BUCKET; ++i) is_there |= static_cast<uint32_t>(places[i]) == static_cast<uint32_t>(mixed);
+    return is_there;
   }
 
   int64_t max_evicted_, num_buckets_;

@@ -12,7 +12,7 @@ using replay::NO_BLOCK;
 
 class KnownNames {
  public:
-  KnownNames(int64_t max_numbers, int64_t max_names) : keys_(max_numbers), table_(max_names) {}
+  KnownNames(int64_t max_numbers, int64_t max_names) : keys_(max_numbers), table_(max_names, max_numbers) {}
 
   int64_t size() const { return table_.size(); }
 

@@ -10,6 +10,7 @@
 #include "../hazard_order.h"
 #include "digest_index.h"
 #include "known_names.h"
+#include "mixed_ahead.h"
 #include "order.h"
 #include "prefix_tree.h"
 
@@ -25,10 +26,11 @@ class Learned final : public Order {
   void begin(const Digest* digests, int64_t num) override {
     int64_t known = 0, in_shadow = 0, resident = 0;
     Block deepest = NO_BLOCK;
+    MixedAhead ahead(digests, num, [this](uint64_t mixed) { index_.prefetch(mixed); });
     for (; known < num; ++known) {
-      if (known + AHEAD < num) index_.prefetch(digests[known + AHEAD].mixed());
-      const int32_t id = index_.find(digests[known]);
-      const Block number = id == NO_ID ? names_.find(digests[known].mixed()) : number_of_[id];
+      const uint64_t mixed = ahead.take(known);
+      const int32_t id = index_.find(digests[known], mixed);
+      const Block number = id == NO_ID ? names_.find(mixed) : number_of_[id];
       if (number == NO_BLOCK || !order_.is_known(number)) break;
       deepest = number;
       // What is resident, not what was hit: an engine computes the last token of a prompt it knows.
@@ -41,8 +43,8 @@ class Learned final : public Order {
     decide();
   }
 
-  void insert(int32_t id, int32_t parent, const Digest& digest) override {
-    Block number = names_.size() == 0 ? NO_BLOCK : names_.find(digest.mixed());
+  void insert(int32_t id, int32_t parent, uint64_t mixed) override {
+    Block number = names_.find(mixed);
     if (number == NO_BLOCK) {
       number = tree_.new_number();
     } else {
@@ -77,10 +79,10 @@ class Learned final : public Order {
   }
 
   // Before the index hears of it.
-  void remove(int32_t id) override {
+  void remove(int32_t id, uint64_t mixed) override {
     const Block number = number_of_[id], parent = tree_.parent(number);
     recency_.erase(links_, id);
-    names_.insert(index_.digest(id).mixed(), number);
+    names_.insert(mixed, number);
     const Block forgotten = order_.remove(number);
     tree_.leave(number);
     if (forgotten != NO_BLOCK) {
@@ -107,7 +109,6 @@ class Learned final : public Order {
 
  private:
   using Hazard = replay::HazardOrder<PrefixTree, TreeRecords>;
-  static constexpr int64_t AHEAD = 12;
 
   // Remembered ones, the shadow's, and the one that is about to be forgotten.
   static int64_t max_names(int64_t capacity) { return (Hazard::GHOSTS + 1) * capacity + 1; }

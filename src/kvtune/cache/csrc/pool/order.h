@@ -1,5 +1,5 @@
 // Which idle block of a pool leaves first. The native side of kvtune.cache.eviction.EvictionPolicy: the same verbs,
-// called in the same order.
+// called in the same order. `mixed`: of the name of the block's content.
 #pragma once
 
 #include <cstdint>
@@ -52,11 +52,11 @@ class Order {
   Order& operator=(const Order&) = delete;
 
   virtual void begin(const Digest* digests, int64_t num) = 0;
-  virtual void insert(int32_t id, int32_t parent, const Digest& digest) = 0;  // parent: NO_ID if it has none
+  virtual void insert(int32_t id, int32_t parent, uint64_t mixed) = 0;  // parent: NO_ID if it has none
   virtual void pin(int32_t id) = 0;
   virtual void unpin(int32_t id) = 0;
   virtual int32_t victim() = 0;  // NO_ID: there are no candidates
-  virtual void remove(int32_t id) = 0;
+  virtual void remove(int32_t id, uint64_t mixed) = 0;
   virtual int32_t likely_after(int32_t id) const = 0;  // the next victim but one, if `id` is the next; a guess
   // What is about to be asked for; a block, or what a name is looked for by.
   virtual void prefetch_block(int32_t) const {}
@@ -70,11 +70,11 @@ class Lru final : public Order {
  public:
   explicit Lru(Links& links) : links_(links) {}
   void begin(const Digest*, int64_t) override {}
-  void insert(int32_t, int32_t, const Digest&) override {}
+  void insert(int32_t, int32_t, uint64_t) override {}
   void pin(int32_t id) override { idle_.erase(links_, id); }
   void unpin(int32_t id) override { idle_.push_back(links_, id); }
   int32_t victim() override { return idle_.front(); }
-  void remove(int32_t id) override { idle_.erase(links_, id); }
+  void remove(int32_t id, uint64_t) override { idle_.erase(links_, id); }
   int32_t likely_after(int32_t id) const override { return links_.next[id]; }
   int64_t num_candidates() const override { return idle_.size(); }
   int64_t bytes() const override { return 0; }

@@ -64,36 +64,89 @@ inline bool has_sha_instructions() {
   return (b >> 29 & 1) != 0 && __builtin_cpu_supports("sse4.1");
 }
 
-// The same with the SHA extensions: the state as ABEF and CDGH, four rounds a step.
-__attribute__((target("sha,sse4.1"))) inline void compress_x86(uint32_t* state, const uint8_t* data, size_t num) {
-  const __m128i order = _mm_set_epi64x(0x0c0d0e0f08090a0b, 0x0405060700010203);
-  __m128i cdab = _mm_shuffle_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(state)), 0xB1);
-  __m128i efgh = _mm_shuffle_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(state + 4)), 0x1B);
-  __m128i abef = _mm_alignr_epi8(cdab, efgh, 8);
-  __m128i cdgh = _mm_blend_epi16(efgh, cdab, 0xF0);
-  for (; num > 0; --num, data += 64) {
-    const __m128i abef_before = abef, cdgh_before = cdgh;
-    __m128i w[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) {
-      if (i < 4) {
-        w[i] = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(data) + i), order);
-      } else {
-        const __m128i sum =
-            _mm_add_epi32(_mm_sha256msg1_epu32(w[i - 4], w[i - 3]), _mm_alignr_epi8(w[i - 1], w[i - 2], 4));
-        w[i] = _mm_sha256msg2_epu32(sum, w[i - 1]);
-      }
-      const __m128i round = _mm_add_epi32(w[i], _mm_load_si128(reinterpret_cast<const __m128i*>(K) + i));
-      cdgh = _mm_sha256rnds2_epu32(cdgh, abef, round);
-      abef = _mm_sha256rnds2_epu32(abef, cdgh, _mm_shuffle_epi32(round, 0x0E));
-    }
-    abef = _mm_add_epi32(abef, abef_before);
-    cdgh = _mm_add_epi32(cdgh, cdgh_before);
-  }
-  const __m128i feba = _mm_shuffle_epi32(abef, 0x1B), dchg = _mm_shuffle_epi32(cdgh, 0xB1);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(state), _mm_blend_epi16(feba, dchg, 0xF0));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(state + 4), _mm_alignr_epi8(dchg, feba, 8));
+// The state as ABEF and CDGH, as the SHA extensions take it.
+struct StateX86 {
+  __m128i abef, cdgh;
+};
+
+#define KVTUNE_SHA __attribute__((target("sha,sse4.1"), always_inline)) inline
+
+KVTUNE_SHA StateX86 state_of(__m128i dcba, __m128i hgfe) {  // four words each, the first lowest
+  const __m128i cdab = _mm_shuffle_epi32(dcba, 0xB1), efgh = _mm_shuffle_epi32(hgfe, 0x1B);
+  return {_mm_alignr_epi8(cdab, efgh, 8), _mm_blend_epi16(efgh, cdab, 0xF0)};
 }
+
+KVTUNE_SHA void words_of(const StateX86& state, __m128i* dcba, __m128i* hgfe) {
+  const __m128i feba = _mm_shuffle_epi32(state.abef, 0x1B), dchg = _mm_shuffle_epi32(state.cdgh, 0xB1);
+  *dcba = _mm_blend_epi16(feba, dchg, 0xF0);
+  *hgfe = _mm_alignr_epi8(dchg, feba, 8);
+}
+
+// Reverses the bytes of each word.
+KVTUNE_SHA __m128i swapped(__m128i words) {
+  return _mm_shuffle_epi8(words, _mm_set_epi64x(0x0c0d0e0f08090a0b, 0x0405060700010203));
+}
+
+KVTUNE_SHA __m128i words_at(const uint8_t* data) {
+  return swapped(_mm_loadu_si128(reinterpret_cast<const __m128i*>(data)));
+}
+
+// One piece of 64 bytes, four words in each of `piece`; four rounds a step.
+KVTUNE_SHA StateX86 rounds(const StateX86& before, const __m128i* piece) {
+  __m128i abef = before.abef, cdgh = before.cdgh, w[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    if (i < 4) {
+      w[i] = piece[i];
+    } else {
+      const __m128i sum =
+          _mm_add_epi32(_mm_sha256msg1_epu32(w[i - 4], w[i - 3]), _mm_alignr_epi8(w[i - 1], w[i - 2], 4));
+      w[i] = _mm_sha256msg2_epu32(sum, w[i - 1]);
+    }
+    const __m128i round = _mm_add_epi32(w[i], _mm_load_si128(reinterpret_cast<const __m128i*>(K) + i));
+    cdgh = _mm_sha256rnds2_epu32(cdgh, abef, round);
+    abef = _mm_sha256rnds2_epu32(abef, cdgh, _mm_shuffle_epi32(round, 0x0E));
+  }
+  return {_mm_add_epi32(abef, before.abef), _mm_add_epi32(cdgh, before.cdgh)};
+}
+
+__attribute__((target("sha,sse4.1"))) inline void compress_x86(uint32_t* state, const uint8_t* data, size_t num) {
+  auto* words = reinterpret_cast<__m128i*>(state);
+  StateX86 now = state_of(_mm_loadu_si128(words), _mm_loadu_si128(words + 1));
+  for (; num > 0; --num, data += 64) {
+    const __m128i piece[4] = {words_at(data), words_at(data + 16), words_at(data + 32), words_at(data + 48)};
+    now = rounds(now, piece);
+  }
+  __m128i dcba, hgfe;
+  words_of(now, &dcba, &hgfe);
+  _mm_storeu_si128(words, dcba);
+  _mm_storeu_si128(words + 1, hgfe);
+}
+
+// `hash_chain` of blocks of at least 32 bytes. What each block waits for is the one before it alone: that one stays in
+// registers, and the pieces behind the first are laid out in `tail`, their ends padded, while it is computed.
+__attribute__((target("sha,sse4.1"))) inline void hash_chain_x86(const uint8_t* parent, const uint8_t* data,
+                                                                 size_t width, int64_t num, uint8_t* tail,
+                                                                 size_t num_pieces, uint8_t* out) {
+  const auto* first = reinterpret_cast<const __m128i*>(FIRST_STATE);
+  const StateX86 start = state_of(_mm_loadu_si128(first), _mm_loadu_si128(first + 1));
+  __m128i dcba = words_at(parent), hgfe = words_at(parent + 16);
+  for (; num > 0; --num, data += width, out += 32) {
+    std::memcpy(tail, data + 32, width - 32);
+    const __m128i head[4] = {dcba, hgfe, words_at(data), words_at(data + 16)};
+    StateX86 now = rounds(start, head);
+    for (size_t i = 0; i + 1 < num_pieces; ++i) {
+      const uint8_t* p = tail + 64 * i;
+      const __m128i piece[4] = {words_at(p), words_at(p + 16), words_at(p + 32), words_at(p + 48)};
+      now = rounds(now, piece);
+    }
+    words_of(now, &dcba, &hgfe);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), swapped(dcba));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out) + 1, swapped(hgfe));
+  }
+}
+
+#undef KVTUNE_SHA
 #endif
 
 using Compress = void (*)(uint32_t*, const uint8_t*, size_t);
@@ -114,6 +167,11 @@ inline void hash_chain(sha::Compress compress, const uint8_t* parent, const uint
   std::vector<uint8_t> message(padded, 0);
   message[length] = 0x80;
   for (int i = 0; i < 8; ++i) message[padded - 1 - i] = static_cast<uint8_t>(uint64_t{length} * 8 >> 8 * i);
+#if defined(__x86_64__)
+  if (compress == sha::compress_x86 && width >= 32) {
+    return sha::hash_chain_x86(parent, data, width, num, message.data() + 64, padded / 64, out);
+  }
+#endif
   for (int64_t n = 0; n < num; ++n, data += width, out += 32) {
     std::memcpy(message.data(), parent, 32);
     std::memcpy(message.data() + 32, data, width);

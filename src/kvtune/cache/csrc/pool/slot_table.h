@@ -9,29 +9,31 @@
 
 namespace kvtune::pool {
 
-// Small numbers by their names, which the owner keeps. A slot holds a number and how far it lies from its home: a name
-// k slots from its home can only be one whose distance is k, so that hardly any other name is ever looked at.
+// Small numbers by their names, which the owner keeps. A slot holds a number, how far it lies from its home, and as
+// many bits of the name as the largest number leaves: hardly any other name is ever looked at.
 class SlotTable {
  public:
-  static constexpr int64_t MOST_NUMBERS = (int64_t{1} << 28) - 1;
-
-  explicit SlotTable(int64_t max_numbers) : slots_(max_numbers * 3 / 2 + 16) {}
+  // `most_names` at once, of numbers 0..num_numbers-1, under 2^28 of them.
+  SlotTable(int64_t most_names, int64_t num_numbers)
+      : number_bits_(bits_of(num_numbers)), slots_(most_names * 3 / 2 + 16) {}
 
   // The slot of a name, and whether it is there (else: where it belongs). `is(number)`: whether it has this name.
   template <class Is>
   std::pair<int64_t, bool> find(uint64_t mixed, Is is) const {
+    const uint32_t own = own_bits(mixed);
     int64_t slot = home(mixed);
     for (uint32_t k = 0; slots_[slot] != 0; slot = next(slot), ++k) {
-      if (far(slot) == std::min(k, FAR) && is(number(slot))) return {slot, true};
+      const uint32_t differs = slots_[slot] ^ (own | std::min(k, FAR) << FAR_SHIFT);
+      if (differs >> number_bits_ == 0 && is(number(slot))) return {slot, true};
     }
     return {slot, false};
   }
 
-  int32_t number(int64_t slot) const { return static_cast<int32_t>(slots_[slot] & NUMBER) - 1; }
+  int32_t number(int64_t slot) const { return static_cast<int32_t>(slots_[slot] & number_mask()) - 1; }
 
   // Into an empty slot that `find` named.
   void put(int64_t slot, uint64_t mixed, int32_t number) {
-    set(slot, static_cast<uint32_t>(number + 1), distance(home(mixed), slot));
+    set(slot, own_bits(mixed) | static_cast<uint32_t>(number + 1), distance(home(mixed), slot));
     ++size_;
   }
 
@@ -43,7 +45,7 @@ class SlotTable {
       const int64_t from_home = far(slot) < FAR ? far(slot) : distance(home(mixed_of(number(slot))), slot);
       const int64_t from_hole = distance(hole, slot);
       if (from_home >= from_hole) {
-        set(hole, slots_[slot] & NUMBER, from_home - from_hole);
+        set(hole, slots_[slot] & ~(FAR << FAR_SHIFT), from_home - from_hole);
         hole = slot;
       }
     }
@@ -74,18 +76,33 @@ class SlotTable {
   }
 
  private:
-  static constexpr uint32_t NUMBER = (uint32_t{1} << 28) - 1;
+  static constexpr int FAR_SHIFT = 28;
   static constexpr uint32_t FAR = 15;  // this far or farther
+
+  // Of numbers 1..num_numbers; 0 is for empty slots.
+  static int bits_of(int64_t num_numbers) {
+    int bits = 1;
+    while (num_numbers >> bits != 0) ++bits;
+    return bits;
+  }
+
+  uint32_t number_mask() const { return (uint32_t{1} << number_bits_) - 1; }
+
+  // The name's part of a slot: its home comes from the high bits.
+  uint32_t own_bits(uint64_t mixed) const {
+    return static_cast<uint32_t>(mixed) & ((uint32_t{1} << FAR_SHIFT) - 1) & ~number_mask();
+  }
 
   int64_t home(uint64_t mixed) const { return place_of(mixed, slots_.size()); }
   int64_t next(int64_t slot) const { return slot + 1 == slots_.size() ? 0 : slot + 1; }
   int64_t distance(int64_t from, int64_t to) const { return to >= from ? to - from : to - from + slots_.size(); }
-  uint32_t far(int64_t slot) const { return slots_[slot] >> 28; }
-  void set(int64_t slot, uint32_t number, int64_t from_home) {
-    slots_[slot] = number | static_cast<uint32_t>(std::min<int64_t>(from_home, FAR)) << 28;
+  uint32_t far(int64_t slot) const { return slots_[slot] >> FAR_SHIFT; }
+  void set(int64_t slot, uint32_t entry, int64_t from_home) {
+    slots_[slot] = entry | static_cast<uint32_t>(std::min<int64_t>(from_home, FAR)) << FAR_SHIFT;
   }
 
-  LazyArray<uint32_t> slots_;  // distance, number + 1; 0: empty
+  int number_bits_;
+  LazyArray<uint32_t> slots_;  // distance, bits of the name, number + 1; 0: empty
   int64_t size_ = 0;
 };
 
