@@ -20,12 +20,12 @@ class Clock(Protocol):
 
 
 class PlainClock:
-    """Wall time, or CPU time in which sleeping only moves the hand."""
+    """Wall time; `awake`: wall time and `cpu`: CPU time in which sleeping only moves the hand."""
 
     def __init__(self, kind: str) -> None:
-        self._read = time.process_time if kind == "cpu" else time.monotonic
+        self._read = time.process_time if kind == "cpu" else time.perf_counter
         self._slept = 0.0
-        self._is_wall = kind != "cpu"
+        self._is_wall = kind == "wall"
 
     def __call__(self) -> float:
         return self._read() + self._slept
@@ -43,6 +43,8 @@ class SteadyClock:
     Every `EVERY_S` a reading first times a probe of small matrix products, as a step of the model has. The
     probe's own time does not count; the median of the last nine says how fast time passes, against the
     median of the first ones. `read` may be the process's CPU time, which does not count being scheduled out.
+    Work is slowed by a busy machine as much as the probe only roughly: between kinds of load that use memory
+    and arithmetic in other shares, times are off by some 5 %; one kind beside itself is safe.
     """
 
     EVERY_S = 0.02
@@ -85,7 +87,8 @@ class SteadyClock:
 
 
 def clock_named(kind: str) -> Clock:
-    """`wall`; `cpu`: this process's; `steady`, `steady-cpu`: either, at the machine's speed of the moment."""
+    """`wall`; `awake`: without the time slept; `cpu`: this process's; `steady`, `steady-cpu`: wall or CPU
+    time at the machine's speed of the moment."""
     if kind in ("steady", "steady-cpu"):
         return SteadyClock(time.perf_counter if kind == "steady" else time.process_time)
     return PlainClock(kind)

@@ -11,7 +11,7 @@ from sim_case import GEMMA, LLAMA
 
 from kvtune.config import CacheConfig
 from kvtune.errors import InputFileError, UsageError
-from kvtune.sched.shape import CALIBRATION_VERSION, SHAPE_COLUMNS, ReadGeometry
+from kvtune.sched.shape import CALIBRATION_VERSION, SHAPE_COLUMNS, ReadGeometry, StepShapes
 from kvtune.sim import FittedCost, RooflineCost, load_calibration
 from kvtune.sim.nnls import nonnegative_least_squares
 from kvtune.spec import ModelSpec
@@ -247,6 +247,21 @@ def test_what_attention_reads_for_several_at_once_counts_once_in_decode_bytes():
     plain = geometry.decode_rows(starts + 1, 2)
     assert (plain[:, 4] - rows[:, 4] == together.saved_bytes).all()
     assert rows[0].tolist() == geometry.row_of((), decode_starts=starts.tolist(), overlap=together)
+
+
+def test_what_a_prefill_leaves_behind_fades_from_step_to_step():
+    shapes = StepShapes(ReadGeometry.of(ModelSpec.from_config(LLAMA).kv_groups(), CacheConfig(), num_heads=4))
+
+    def after_prefill(num_tokens):
+        step = SchedulerOutput(step=1, others=(chunk("a", 32, num_tokens, [0, 1, 2]),))
+        return shapes.row(step)[SHAPE_COLUMNS.index("after_prefill")]
+
+    assert [after_prefill(n) for n in (1, 8, 1, 1, 1)] == pytest.approx([0, 0, 1, 1 / 2, 1 / 3])
+    rows = shapes.decode_rows(np.array([40]), 5)
+    assert rows[:, -1] == pytest.approx([1 / 4, 1 / 5, 1 / 6, 1 / 7, 1 / 8])
+    shapes.decoded(3)
+    assert after_prefill(1) == pytest.approx(1 / 7)
+    assert after_prefill(2) == 0
 
 
 def test_requests_that_leave_the_queue_count_with_all_their_tokens():

@@ -119,22 +119,41 @@ def test_decode_steps_made_at_once_equal_steps_made_one_by_one(
     assert [u.free for u in fast.manager.usage()] == [u.free for u in slow.manager.usage()]
 
 
-class BytesCost(LinearCost):
-    """Time by the distinct bytes a step reads."""
+class ColumnCost(LinearCost):
+    """Time by one column of a step's shape."""
+
+    def __init__(self, column, slope):
+        super().__init__()
+        self.at, self.slope = SHAPE_COLUMNS.index(column), slope
 
     def seconds(self, shapes):
-        return 1e-6 + 1e-9 * shapes[:, SHAPE_COLUMNS.index("distinct_bytes")]
+        return 1e-6 + self.slope * shapes[:, self.at]
 
     def step_s(self, row):
-        return 1e-6 + 1e-9 * row[SHAPE_COLUMNS.index("distinct_bytes")]
+        return 1e-6 + self.slope * row[self.at]
+
+
+def bytes_cost():
+    return ColumnCost("distinct_bytes", 1e-9)
 
 
 def test_a_prefix_that_running_requests_share_is_read_once_in_steps_made_at_once_too(simulate):
     prompt = np.arange(3, 83, dtype=np.int32)  # five blocks, four of them full before its last token
     shared = [request(f"r{i}", 0.0, prompt=80, output=20, prompt_token_ids=prompt) for i in range(4)]
     own = [request(f"r{i}", 0.0, prompt=80, output=20) for i in range(4)]
-    fast, slow = simulate(cost=BytesCost()), simulate(cost=BytesCost())
+    fast, slow = simulate(cost=bytes_cost()), simulate(cost=bytes_cost())
     slow.on_step = lambda output: None
     run = fast.run(shared)
     assert outcome(run) == outcome(slow.run(shared))
-    assert run.duration_s < 0.6 * simulate(cost=BytesCost()).run(own).duration_s
+    assert run.duration_s < 0.6 * simulate(cost=bytes_cost()).run(own).duration_s
+
+
+def test_steps_after_a_prefill_are_told_from_later_ones_in_steps_made_at_once_too(simulate):
+    requests = [request(f"r{i}", 0.01 * i, prompt=40, output=30) for i in range(12)]
+    fast, slow = (simulate(cost=ColumnCost("after_prefill", 1e-3)) for _ in range(2))
+    slow.on_step = lambda output: None
+    run = fast.run(requests)
+    assert outcome(run) == outcome(slow.run(requests))
+    seconds = run.steps[:, 1]
+    assert len(np.unique(np.round(seconds, 9))) > 10  # 1/1, 1/2, 1/3 ... behind each prefill
+    assert seconds.max() == pytest.approx(1e-6 + 1e-3)  # the first decode

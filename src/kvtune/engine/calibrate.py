@@ -20,7 +20,7 @@ import torch
 from kvtune._version import __version__
 from kvtune.engine.engine import Engine
 from kvtune.host import read_host
-from kvtune.sched.shape import CALIBRATION_VERSION, SHAPE_COLUMNS, ReadGeometry
+from kvtune.sched.shape import CALIBRATION_VERSION, SHAPE_COLUMNS, ReadGeometry, StepShapes
 from kvtune.types import SamplingParams, SchedulerOutput
 
 __all__ = ["Calibration", "StepTimer", "calibrate"]
@@ -78,8 +78,9 @@ class StepTimer:
         self.calibration = Calibration(facts=_facts(engine))
         self._engine = engine
         self._clock = clock
-        self._geometry = ReadGeometry.of(
-            engine.arena_plan.groups, engine.cache_config, num_heads=engine.loaded.spec.num_attention_heads
+        num_heads = engine.loaded.spec.num_attention_heads
+        self._shapes = StepShapes(
+            ReadGeometry.of(engine.arena_plan.groups, engine.cache_config, num_heads=num_heads)
         )
         self._decided: SchedulerOutput | None = None
         self._steps: list[SchedulerOutput] = []
@@ -102,7 +103,7 @@ class StepTimer:
 
     def flush(self) -> None:
         """Bring `calibration.shapes` up to its `seconds`."""
-        self.calibration.shapes += [self._geometry.row(step) for step in self._steps]
+        self.calibration.shapes += [self._shapes.row(step) for step in self._steps]
         self._steps.clear()
 
     def submit(self, request_id: str, prompt: list[int], params: SamplingParams) -> None:

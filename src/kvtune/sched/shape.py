@@ -5,6 +5,7 @@ Tensor-free, so that the engine's calibration and the simulator's cost model des
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,11 +19,11 @@ from kvtune.sched.shared_reads import LEAST_SHARED, SharedReads
 from kvtune.spec import KVGroup, group_block_bytes
 from kvtune.types import BlockTable, SchedulerOutput
 
-__all__ = ["CALIBRATION_VERSION", "SHAPE_COLUMNS", "Overlap", "ReadGeometry", "ShapeRows"]
+__all__ = ["CALIBRATION_VERSION", "SHAPE_COLUMNS", "Overlap", "ReadGeometry", "ShapeRows", "StepShapes"]
 
 SHAPE_COLUMNS = (
     "num_decodes", "num_prefills", "prefill_tokens", "num_samples", "decode_bytes", "prefill_bytes",
-    "prefill_pairs", "distinct_bytes", "num_admitted", "admitted_tokens",
+    "prefill_pairs", "distinct_bytes", "num_admitted", "admitted_tokens", "after_prefill",
 )  # fmt: skip
 """Columns of `ShapeRows`. A decode is a chunk of one token, every longer chunk a prefill.
 
@@ -32,10 +33,11 @@ prefill chunks read when each key is read once. prefill_pairs: query-key
 pairs of prefill chunks, summed over layers. distinct_bytes: KV bytes read when a block that several
 sequences of the step share is counted once: the others find it in the processor's cache. num_admitted,
 admitted_tokens: requests that left the queue for this step, and their tokens, cached or not: looked up,
-taken from the idle blocks, published.
+taken from the idle blocks, published. after_prefill: 1/n in the n-th step after the last one that held a
+prefill, which pushed what decodes read out of the processor's caches; 0 where a step holds one itself.
 """
 
-CALIBRATION_VERSION = 4
+CALIBRATION_VERSION = 5
 """Format of files that hold measured steps as rows of these columns."""
 
 ShapeRows = npt.NDArray[np.float64]
@@ -73,14 +75,15 @@ class ReadGeometry:
         where they are not known: then no reads are saved."""
         return cls(tuple(_group_read(group, cache, num_heads) for group in groups), cache.block_size)
 
-    def row(self, step: SchedulerOutput) -> list[float]:
-        """One row of `ShapeRows` for a step."""
+    def row(self, step: SchedulerOutput, *, steps_before: float = math.inf) -> list[float]:
+        """One row of `ShapeRows` for a step; `steps_before`: how many were made since the last prefill."""
         decodes = step.decodes
         return self.row_of(
             [(chunk.start, chunk.num_tokens, chunk.samples) for chunk in step.others],
             decode_starts=() if decodes is None else decodes.starts.tolist(),
             admitted=[a.num_cached_tokens + sum(a.misses.values()) for a in step.admitted],
             overlap=self._overlap_of(step),
+            steps_before=steps_before,
         )
 
     def _overlap_of(self, step: SchedulerOutput) -> Overlap:
@@ -120,10 +123,11 @@ class ReadGeometry:
         decode_starts: Sequence[int] = (),
         admitted: Sequence[int] = (),
         overlap: Overlap = Overlap(),
+        steps_before: float = math.inf,
     ) -> list[float]:
         """One row of `ShapeRows` for (tokens computed before, tokens in the chunk, samples), and for
         sequences that compute one token behind each of `decode_starts` and sample. `admitted`: tokens of
-        each request that was admitted for it."""
+        each request that was admitted for it; `steps_before`: as in `row`."""
         prefills = [(start, n) for start, n, _ in chunks if n != 1]
         decode_keys = [start + 1 for start in decode_starts] + [start + 1 for start, n, _ in chunks if n == 1]
         decode_bytes = prefill_bytes = pairs = 0.0
@@ -147,12 +151,19 @@ class ReadGeometry:
             max(0.0, decode_bytes + prefill_bytes - overlap.repeated_bytes),
             float(len(admitted)),
             float(sum(admitted)),
+            0.0 if prefills else 1.0 / (steps_before + 1.0),
         ]
 
     def decode_rows(
-        self, contexts: npt.NDArray[np.int64], num_steps: int, *, overlap: Overlap = Overlap()
+        self,
+        contexts: npt.NDArray[np.int64],
+        num_steps: int,
+        *,
+        overlap: Overlap = Overlap(),
+        steps_before: float = math.inf,
     ) -> ShapeRows:
-        """`ShapeRows` of steps that decode a token of each sequence; `contexts`: keys seen in the first.
+        """`ShapeRows` of steps that decode a token of each sequence; `contexts`: keys seen in the first,
+        `steps_before` the first: as in `row`.
 
         What is shared at the start stays shared: decoding adds blocks of one's own (a window that moves past
         a shared block meanwhile is not followed).
@@ -162,6 +173,7 @@ class ReadGeometry:
         num_bytes = self._decode_bytes(contexts, num_steps)
         rows[:, 4] = np.maximum(num_bytes - overlap.saved_bytes, 0.0)
         rows[:, 7] = np.maximum(num_bytes - overlap.repeated_bytes, 0.0)
+        rows[:, 10] = 1.0 / (steps_before + 1.0 + np.arange(num_steps))
         return rows
 
     def _decode_bytes(self, contexts: npt.NDArray[np.int64], num_steps: int) -> npt.NDArray[np.float64]:
@@ -179,6 +191,32 @@ class ReadGeometry:
                 full = np.searchsorted(room, steps, side="right")
                 total += group.token_bytes * (seen + before[full] + (len(room) - full) * steps)
         return total
+
+
+class StepShapes:
+    """`ShapeRows` of steps in the order they are made, because a prefill is felt in the steps after it."""
+
+    def __init__(self, geometry: ReadGeometry) -> None:
+        self.geometry = geometry
+        self._steps_before = math.inf
+
+    def row(self, step: SchedulerOutput) -> list[float]:
+        """Of the next step."""
+        row = self.geometry.row(step, steps_before=self._steps_before)
+        self._steps_before = 0.0 if row[1] else self._steps_before + 1.0
+        return row
+
+    def decode_rows(
+        self, contexts: npt.NDArray[np.int64], num_steps: int, *, overlap: Overlap = Overlap()
+    ) -> ShapeRows:
+        """Of the next steps if they decode these (`ReadGeometry.decode_rows`); `decoded` says how many did."""
+        return self.geometry.decode_rows(
+            contexts, num_steps, overlap=overlap, steps_before=self._steps_before
+        )
+
+    def decoded(self, num_steps: int) -> None:
+        """So many steps of those in `decode_rows` were made."""
+        self._steps_before += num_steps
 
 
 def _num_repeated(block_ids: npt.NDArray[np.int32]) -> int:

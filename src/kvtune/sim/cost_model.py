@@ -6,7 +6,7 @@ models, with one engine's steps in place of an operator database)::
     seconds = fixed + matmul(rows) + per sequence + per sampled token
               + bytes of KV decodes read + bytes prefill reads + query-key pairs of prefill
               + distinct bytes of KV (a shared prefix is fetched from memory once)
-              + requests admitted + tokens of theirs
+              + requests admitted + tokens of theirs + what a prefill leaves to the steps after it
 
 `matmul` is a monotone piecewise-linear curve over the rows of the step: weights are read once however few
 rows there are, tiles fill at some widths and not at others, and no straight line fits that. Taking in a
@@ -356,9 +356,13 @@ def _held_out(shapes: ShapeRows) -> npt.NDArray[np.bool_]:
 
 
 def shape_cells(shapes: ShapeRows) -> Floats:
-    """Rows [n, columns] that are equal where steps are alike: bytes and pairs within a sixteenth octave."""
+    """Rows [n, columns] that are equal where steps are alike: bytes and pairs within a sixteenth octave,
+    what is left of a prefill within an eighth of it."""
     is_counted = np.array([name.startswith("num_") or name == "prefill_tokens" for name in SHAPE_COLUMNS])
-    return np.where(is_counted, shapes, np.round(16 * np.log2(1.0 + shapes / 4096.0)))
+    cells = np.where(is_counted, shapes, np.round(16 * np.log2(1.0 + shapes / 4096.0)))
+    after_prefill = SHAPE_COLUMNS.index("after_prefill")
+    cells[:, after_prefill] = np.round(8 * shapes[:, after_prefill])
+    return cells
 
 
 def median_by_shape(shapes: ShapeRows, seconds: Floats) -> tuple[ShapeRows, Floats]:

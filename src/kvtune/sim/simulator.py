@@ -22,7 +22,7 @@ from kvtune.config import CacheConfig, SchedulerConfig
 from kvtune.errors import InvariantError, UsageError
 from kvtune.latency import BenchRecord
 from kvtune.sched import Scheduler, SchedulerStats, SequenceUpdate, SequenceView
-from kvtune.sched.shape import ReadGeometry
+from kvtune.sched.shape import ReadGeometry, StepShapes
 from kvtune.sim.cost_model import CostModel
 from kvtune.sim.requests import SimRequest
 from kvtune.spec import ModelSpec, plan_arenas
@@ -115,7 +115,7 @@ class Simulation:
         self.on_step: Callable[[SchedulerOutput], None] | None = None
         self.num_blocks = sum(plan.num_blocks) + sum(plan.num_first_blocks)
         self._block_size = cache.block_size
-        self._geometry = ReadGeometry.of(plan.groups, cache, num_heads=spec.num_attention_heads)
+        self._shapes = StepShapes(ReadGeometry.of(plan.groups, cache, num_heads=spec.num_attention_heads))
         self._now_s = 0.0
         self._live: dict[RequestId, _Live] = {}
         self._log = _Log()
@@ -170,7 +170,7 @@ class Simulation:
         output = self.scheduler.schedule()
         if not output.num_chunks:
             return False
-        row = self._geometry.row(output)
+        row = self._shapes.row(output)
         seconds = self.cost.step_s(row)
         self._now_s = start_s + seconds
         sampled = tuple(
@@ -192,11 +192,12 @@ class Simulation:
             return False
         tables = [self.manager.block_tables(s.request_id) for s in run.sequences]
         contexts = run.contexts()
-        overlap = self._geometry.overlap(tables, contexts - 1)
-        rows = self._geometry.decode_rows(contexts, run.num_steps, overlap=overlap)
+        overlap = self._shapes.geometry.overlap(tables, contexts - 1)
+        rows = self._shapes.decode_rows(contexts, run.num_steps, overlap=overlap)
         seconds = self.cost.seconds(rows)
         edges = np.cumsum(np.concatenate(([self._now_s], seconds)))  # adds in order, as step after step would
         num_steps = min(run.num_steps, int(np.searchsorted(edges[1:], until_s)) + 1)
+        self._shapes.decoded(num_steps)
         start_s, end_s = edges[:num_steps], edges[1 : num_steps + 1]
         self._now_s = float(end_s[-1])
         num_running, num_waiting = self.scheduler.num_running, self.scheduler.num_waiting
