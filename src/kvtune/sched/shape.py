@@ -209,7 +209,7 @@ class StepShapes:
     def decode_rows(
         self, contexts: npt.NDArray[np.int64], num_steps: int, *, overlap: Overlap = Overlap()
     ) -> ShapeRows:
-        """Of the next steps if they decode these (`ReadGeometry.decode_rows`); `decoded` says how many did."""
+        """Of the next steps if they decode; `decoded` says how many did. See `ReadGeometry.decode_rows`."""
         return self.geometry.decode_rows(
             contexts, num_steps, overlap=overlap, steps_before=self._steps_before
         )
