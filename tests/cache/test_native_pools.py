@@ -239,11 +239,10 @@ def _home(name, num_slots):
     """Where csrc/pool/digest.h puts a name of 32 bytes."""
     top = (1 << 64) - 1
     words = np.frombuffer(name, dtype="<u8").tolist()
-    factors = (1, 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9)
-    x = sum(w * f for w, f in zip(words, factors, strict=True)) & top
-    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
-        x = (x ^ x >> 33) * factor & top
-    return (x ^ x >> 33) * num_slots >> 64
+    salts = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xFF51AFD7ED558CCD)
+    a, b, c, d = (w ^ s for w, s in zip(words, salts, strict=True))
+    mixed = sum((product & top) ^ product >> 64 for product in (a * b, c * d)) & top
+    return mixed * num_slots >> 64
 
 
 def test_names_that_all_want_the_same_places_are_found_kept_apart_and_forgotten():

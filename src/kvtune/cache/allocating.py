@@ -19,7 +19,7 @@ from kvtune.cache.holding import (
 from kvtune.cache.in_flight import InFlight
 from kvtune.cache.precision import Precision
 from kvtune.cache.records import Allocation, PrefixMatch
-from kvtune.cache.table import Table
+from kvtune.cache.table import Need, Table
 from kvtune.errors import InvariantError
 from kvtune.types import BlockCopy, BlockId, MissCause, RequestId
 
@@ -58,9 +58,9 @@ class Allocating:
         gate_tokens: int | None,
         lowered: bool,
     ) -> Allocation | None:
-        self._refuse_stale(match)
+        idle = self._idle_worth(match)
         holding = Holding(
-            [Table("i", b) for b in match.blocks], match.root, own_copy(match.block_hashes), match.num_tokens
+            [blocks[:] for blocks in match.blocks], match.root, own_copy(match.block_hashes), match.num_tokens
         )
         now = needs = needed_blocks(self._groups, holding, num_tokens)
         is_gated = gate_tokens is not None
@@ -68,12 +68,12 @@ class Allocating:
             peak, chunk = max(gate_tokens, num_tokens), num_tokens - match.num_tokens
             needs = peak_needs(self._groups, holding, needs, num_tokens=peak, chunk=chunk)
         if lowered:
-            has_room = is_enough(shortfalls(self._groups, now, reserve, revived=match.blocks))
+            has_room = is_enough(shortfalls(self._groups, now, reserve, revived=idle))
             has_room = has_room and (not is_gated or self._precision.would_fit(match, needs, now, reserve))
         else:
             has_room = is_enough(
                 shortfalls(
-                    self._groups, needs, reserve, revived=match.blocks, keep_promises=is_gated,
+                    self._groups, needs, reserve, revived=idle, keep_promises=is_gated,
                     restored=self._precision.resting_of(match.blocks),
                 )
             )  # fmt: skip
@@ -81,15 +81,14 @@ class Allocating:
             return None
         holding.num_published = match.num_tokens // self._block_size
         for group, blocks in zip(self._groups, match.blocks, strict=True):
-            group.pool.begin(match.block_hashes, holding.num_published)
-            group.pool.incref(blocks)
+            group.pool.admit(blocks, match.block_hashes)
         self._holdings[request_id] = holding
         holding.num_released = [g.first_visible(match.num_tokens) for g in self._groups]
         holding.promised = [body for body, _ in needs]
         for group, promised in zip(self._groups, holding.promised, strict=True):
             group.promised += promised
         holding.num_led = len(match.block_hashes)
-        self._in_flight.lead(request_id, match.block_hashes[holding.num_published :])
+        self._in_flight.lead(request_id, match.block_hashes, holding.num_published)
         self._count(match)
         self._grow(holding, num_tokens)
         return _NO_COPIES
@@ -161,12 +160,19 @@ class Allocating:
             if num_new:
                 table.extend(group.pool.take(num_new))
 
-    def _refuse_stale(self, match: PrefixMatch) -> None:
+    def _idle_worth(self, match: PrefixMatch) -> list[Need]:
+        """Per group, what the idle ones of the matched blocks cost."""
+        worth: list[Need] = []
         for group, blocks in zip(self._groups, match.blocks, strict=True):
-            if not group.pool.holds(blocks, match.block_hashes):
+            idle = group.pool.idle_if_held(blocks, match.block_hashes)
+            if idle is None:
                 raise InvariantError("the cache changed since this match; match again")
+            worth.append(idle)
+        return worth
 
     def _count(self, match: PrefixMatch) -> None:
-        self.misses.update(match.misses)
-        self.queried_tokens += match.num_tokens + sum(match.misses.values())
+        for cause, num_tokens in match.misses.items():
+            self.misses[cause] += num_tokens
+            self.queried_tokens += num_tokens
+        self.queried_tokens += match.num_tokens
         self.hit_tokens += match.num_tokens

@@ -66,12 +66,14 @@ class BlockPool(PoolView):
 
     # --- taking and giving back
 
-    def begin(self, hashes: Sequence[BlockHash], num_hit: int) -> None:
-        """Tell the policies that a request was admitted; see `EvictionPolicy.begin`."""
+    def admit(self, block_ids: Table[int], hashes: Sequence[BlockHash]) -> None:
+        """A request comes: it will hold these blocks, the leading ones of its prompt's `hashes`."""
+        num_hit = len(block_ids)
         num_first = min(1, len(hashes)) if self.has_first else 0
         if num_first:
             self._first.policy.begin(hashes[:1], min(1, num_hit))
         self._body.policy.begin(hashes[num_first:], max(0, num_hit - num_first))
+        self.incref(block_ids)
 
     def take(self, num_blocks: int, *, first: bool = False) -> Table[int]:
         """Private blocks with ref_count 1, evicting the policy's victims where too few are free."""

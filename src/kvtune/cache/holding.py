@@ -100,7 +100,7 @@ def peak_needs(
     """`needs` raised to the peak of a whole sequence computed `chunk` tokens a step."""
     peaks: list[Need] = []
     for group, table, (body, first) in zip(groups, holding.tables, needs, strict=True):
-        held = len(table) - table.count(NULL_BLOCK)
+        held = len(table) if group.window is None else len(table) - table.count(NULL_BLOCK)
         peaks.append((max(body, group.peak_blocks(num_tokens, chunk) - held - first), first))
     return peaks
 
@@ -110,7 +110,7 @@ def shortfalls(
     needs: Sequence[Need],
     reserve: float,
     *,
-    revived: Sequence[Table[int]] | None = None,
+    revived: Sequence[Need] | None = None,
     leaving: Sequence[Holding] = (),
     keep_promises: bool = False,
     restored: Sequence[int] | None = None,
@@ -118,14 +118,14 @@ def shortfalls(
     """What each pool lacks (body, first), in its budget's unit, to give what is needed and keep a share of
     `reserve` available; all zero where there is room.
 
-    `revived` are matched blocks per group: the idle ones among them stop being available.
+    `revived`: what the idle ones of the matched blocks cost, per group: they stop being available.
     `leaving` would give their blocks back first. `keep_promises` counts blocks promised to others.
     `restored[g]` resting planes get a row again.
     """
     lacking: list[Need] = []
     for g, (group, need) in enumerate(zip(groups, needs, strict=True)):
         pool = group.pool
-        idle = pool.idle_worth(revived[g]) if revived else (0, 0)
+        idle = revived[g] if revived else (0, 0)
         left = pool.released_worth([h.tables[g] for h in leaving]) if leaving else (0, 0)
         short = [0, 0]
         for is_first in (False, True):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Sequence
+from itertools import repeat
 
 from kvtune.types import BlockHash, RequestId
 
@@ -15,18 +17,23 @@ class InFlight:
     def __init__(self) -> None:
         self._leaders: dict[BlockHash, RequestId] = {}
 
-    def lead(self, request_id: RequestId, hashes: Sequence[BlockHash]) -> None:
-        """The request computes these blocks, but for those that have a leader."""
-        led = dict.fromkeys(hashes, request_id)
-        if not self._leaders.keys().isdisjoint(hashes):
-            led = {h: r for h, r in led.items() if h not in self._leaders}
-        self._leaders |= led
+    def lead(self, request_id: RequestId, hashes: Sequence[BlockHash], start: int) -> None:
+        """The request computes these blocks from `start` on, but for those that have a leader."""
+        leaders, led = self._leaders, hashes[start:]
+        if leaders.keys().isdisjoint(led):
+            leaders.update(zip(led, repeat(request_id)))
+        else:
+            leaders.update((h, request_id) for h in led if h not in leaders)
 
-    def leave(self, request_id: RequestId, hashes: Iterable[BlockHash]) -> None:
-        """The request does not lead these blocks any more, if it did."""
-        leaders = self._leaders
-        for block_hash in hashes:
-            if leaders.get(block_hash) == request_id:
+    def leave(self, request_id: RequestId, hashes: Sequence[BlockHash], start: int, end: int) -> None:
+        """The request does not lead blocks start..end-1 of these any more, if it did."""
+        leaders, led = self._leaders, hashes[start:end]
+        values = list(map(leaders.get, led))
+        if values.count(request_id) == len(led):
+            deque(map(leaders.pop, led, repeat(None)), maxlen=0)
+            return
+        for block_hash, leader in zip(led, values, strict=True):
+            if leader == request_id:
                 del leaders[block_hash]
 
     def gone(self, request_id: RequestId) -> None:

@@ -25,8 +25,8 @@ from kvtune.cache.eviction import PolicyFactory
 from kvtune.cache.group import GroupCache
 from kvtune.cache.holding import Holding, Holdings
 from kvtune.cache.in_flight import InFlight
-from kvtune.cache.matching import longest_match, miss_causes
 from kvtune.cache.naming import BlockNames, Tokens
+from kvtune.cache.native_matching import matching_of
 from kvtune.cache.native_pool import NativeInFlight, pool_library
 from kvtune.cache.precision import Precision
 from kvtune.cache.publishing import Publishing
@@ -84,6 +84,7 @@ class KVCacheManager:
         ]  # fmt: skip
         self._holdings = Holdings()
         self._in_flight = InFlight() if library is None else NativeInFlight(library)
+        self._matching = matching_of(self._groups, self._in_flight, block_size=block_size)
         self.precision = Precision(self._groups, self._holdings, self._in_flight)
         """Which low planes are in the pools, and who reads below nominal precision."""
         self._allocating = Allocating(
@@ -117,18 +118,7 @@ class KVCacheManager:
             misses = {MissCause.DISABLED: num_tokens} if num_tokens else {}
             return PrefixMatch(num_tokens=0, blocks=self._no_blocks, misses=misses, root=root)
         hashes = self._names.continued(root, token_ids, block_hashes or ())
-        limit = (num_tokens - 1) // self.block_size
-        found = longest_match(self._groups, hashes, limit)
-        leader, awaited = self._in_flight.awaited(hashes[found.boundary : limit])
-        return PrefixMatch(
-            num_tokens=found.boundary * self.block_size,
-            blocks=found.blocks,
-            misses=miss_causes(self._groups, hashes, found, num_tokens),
-            leader=leader,
-            awaited=awaited,
-            root=root,
-            block_hashes=hashes,
-        )
+        return self._matching.match(hashes, num_tokens, root)
 
     def leader_of(self, block_hash: BlockHash) -> RequestId | None:
         """The request that is computing this block for the first time, None when nobody is."""
@@ -276,7 +266,7 @@ class KVCacheManager:
             group.pool.decref(table[::-1])
             group.promised -= holding.promised[g]
         if holding.num_published < holding.num_led:
-            self._in_flight.leave(request_id, holding.hashes[holding.num_published : holding.num_led])
+            self._in_flight.leave(request_id, holding.hashes, holding.num_published, holding.num_led)
         self._in_flight.gone(request_id)
 
     def forget(self, block_hashes: Iterable[BlockHash]) -> None:

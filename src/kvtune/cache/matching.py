@@ -8,10 +8,36 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvtune.cache.group import GroupCache
+from kvtune.cache.in_flight import InFlight
+from kvtune.cache.records import PrefixMatch
 from kvtune.cache.table import Table
 from kvtune.types import BlockHash, MissCause
 
-__all__ = ["Found", "longest_match", "miss_causes"]
+__all__ = ["Found", "Matching", "longest_match", "miss_causes"]
+
+
+class Matching:
+    """The half of `KVCacheManager` that looks for prefixes."""
+
+    def __init__(self, groups: Sequence[GroupCache], in_flight: InFlight, *, block_size: int) -> None:
+        self._groups = groups
+        self._in_flight = in_flight
+        self._block_size = block_size
+
+    def match(self, hashes: Sequence[BlockHash], num_tokens: int, root: BlockHash) -> PrefixMatch:
+        """Of a prompt of so many tokens, of whose full blocks these are the hashes."""
+        limit = (num_tokens - 1) // self._block_size
+        found = longest_match(self._groups, hashes, limit)
+        leader, awaited = self._in_flight.awaited(hashes[found.boundary : limit])
+        return PrefixMatch(
+            num_tokens=found.boundary * self._block_size,
+            blocks=found.blocks,
+            misses=miss_causes(self._groups, hashes, found, num_tokens),
+            leader=leader,
+            awaited=awaited,
+            root=root,
+            block_hashes=hashes,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from kvtune.types import BlockHash, TokenArray
 
 __all__ = ["CacheLibrary", "PoolCounts", "cache_library", "library_path", "padded"]
 
-ABI_VERSION: Final = 2
+ABI_VERSION: Final = 3
 _NO_MEMORY: Final = 2
 _P, _N, _I = c_void_p, c_int64, c_int32
 
@@ -50,10 +50,11 @@ _SIGNATURES: Final[dict[str, tuple[tuple[Any, ...], Any]]] = {
     "kvtune_pool_find_run": ((_P, _P, _N, _N, _P), _N),
     "kvtune_pool_last_gap": ((_P, _P, _N, _N), _N),
     "kvtune_pool_mark_seen": ((_P, _P, _N, _N, _P), None),
-    "kvtune_pool_holds": ((_P, _P, _P, _N, _N), _I),
+    "kvtune_pool_match": ((_P, _P, _P, _N, _N, _N, _P, _P), None),
+    "kvtune_pool_holds": ((_P, _P, _P, _N, _N, _P), _I),
     "kvtune_pool_num_idle": ((_P, _P, _N, _P), None),
     "kvtune_pool_num_released": ((_P, _P, _N, _P), None),
-    "kvtune_pool_begin": ((_P, _P, _N, _N), _I),
+    "kvtune_pool_admit": ((_P, _P, _N, _P, _N, _N), _I),
     "kvtune_pool_take": ((_P, _I, _N, _P), _I),
     "kvtune_pool_incref": ((_P, _P, _N), _I),
     "kvtune_pool_decref": ((_P, _P, _N), _I),
@@ -125,7 +126,7 @@ class CacheLibrary:
     ) -> BlockHashes:
         """SHA-256 chain behind a parent of 32 bytes over contiguous token ids; see `hashing`."""
         num = len(tokens) // block_size
-        out = array("B", bytes(num * HASH_BYTES))
+        out = array("B", b"\0") * (num * HASH_BYTES)
         address = tokens.__array_interface__["data"][0]
         self.hash_blocks(parent, address, 4 * block_size, num, portable, out.buffer_info()[0])
         return BlockHashes(out)

@@ -10,8 +10,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from ctypes import byref, c_int32, c_void_p
 from dataclasses import replace
+from typing import NamedTuple
 
-from kvtune.cache.block_hashes import HASH_BYTES, packed
+from kvtune.cache.block_hashes import HASH_BYTES, BlockHashes, packed
 from kvtune.cache.block_pool import BlockPool
 from kvtune.cache.eviction import PolicyFactory
 from kvtune.cache.in_flight import InFlight
@@ -23,6 +24,17 @@ from kvtune.spec import PoolBudget
 from kvtune.types import BlockHash, BlockId, RequestId
 
 __all__ = ["NativeInFlight", "NativeIndex", "NativePool", "pool_library"]
+
+
+class Matched(NamedTuple):
+    """Of the hashes given: `run` leading ones have blocks, `num_seen` behind them were here before; the first
+    one without a block is computed by the `leader` (0: nobody), the last one of its run being `awaited`."""
+
+    run: int
+    num_seen: int
+    leader: int
+    awaited: int
+
 
 _PUBLISHED = 1 << 31
 _MOST_BLOCKS = 1 << 24
@@ -115,6 +127,7 @@ class NativePool(BlockPool):
             library.policies.index(policy),
         )  # fmt: skip
         self._handle = self._owner.value
+        self._matched = array("q", bytes(32))
         self.index = NativeIndex(library, self._handle)
 
     def counts(self, *, first: bool = False) -> PoolCounts:
@@ -122,6 +135,15 @@ class NativePool(BlockPool):
         counts = PoolCounts()
         self._library.pool_counts(self._handle, first, byref(counts))
         return counts
+
+    def match(self, in_flight: NativeInFlight, hashes: BlockHashes, limit: int) -> tuple[Table[int], Matched]:
+        """Blocks of the leading run of findable hashes, and what else a match wants to know; see there."""
+        run, out = Table("i", (0,)) * len(hashes), self._matched
+        self._library.pool_match(
+            self._handle, in_flight.handle, hashes.address, hashes.start, len(run), limit, _address(run),
+            _address(out),
+        )  # fmt: skip
+        return run, Matched(*out)
 
     @property
     def num_evicted(self) -> int:  # type: ignore[override]  # counted there
@@ -184,7 +206,7 @@ class NativePool(BlockPool):
     # --- looking
 
     def find_run(self, hashes: Sequence[BlockHash]) -> Table[int]:
-        run = Table("i", bytes(4 * len(hashes)))
+        run = Table("i", (0,)) * len(hashes)
         found = packed(hashes)
         num = self._library.pool_find_run(self._handle, found.address, found.start, len(run), _address(run))
         return run if num == len(run) else run[:num]
@@ -198,12 +220,12 @@ class NativePool(BlockPool):
         found = packed(hashes)
         self._library.pool_mark_seen(self._handle, found.address, found.start, len(seen), _address(seen))
 
-    def holds(self, block_ids: Table[int], hashes: Sequence[BlockHash]) -> bool:
-        found = packed(hashes)
-        num = min(len(block_ids), len(found))
-        return bool(
-            self._library.pool_holds(self._handle, _address(block_ids), found.address, found.start, num)
+    def idle_if_held(self, block_ids: Table[int], hashes: Sequence[BlockHash]) -> Need | None:
+        found, idle = packed(hashes), array("q", (0, 0))
+        holds = self._library.pool_holds(
+            self._handle, _address(block_ids), found.address, found.start, len(block_ids), _address(idle)
         )
+        return (idle[0], idle[1]) if holds else None
 
     def num_idle(self, block_ids: Table[int]) -> Need:
         out = array("q", (0, 0))
@@ -219,12 +241,15 @@ class NativePool(BlockPool):
 
     # --- taking and giving back
 
-    def begin(self, hashes: Sequence[BlockHash], num_hit: int) -> None:
+    def admit(self, block_ids: Table[int], hashes: Sequence[BlockHash]) -> None:
         found = packed(hashes)
-        self._library.expect(self._library.pool_begin(self._handle, found.address, found.start, len(found)))
+        status = self._library.pool_admit(
+            self._handle, _address(block_ids), len(block_ids), found.address, found.start, len(found)
+        )
+        self._library.expect(status)
 
     def take(self, num_blocks: int, *, first: bool = False) -> Table[int]:
-        taken = Table("i", bytes(4 * num_blocks))
+        taken = Table("i", (0,)) * num_blocks
         self._library.expect(self._library.pool_take(self._handle, first, num_blocks, _address(taken)))
         return taken
 
@@ -237,12 +262,11 @@ class NativePool(BlockPool):
         self._library.expect(status)
 
     def publish(self, table: Table[int], hashes: Sequence[BlockHash], start: int, end: int) -> None:
-        found = packed(hashes[start:end])
-        self._library.expect(
-            self._library.pool_publish(
-                self._handle, _address(table), found.address, found.start - start, start, end
-            )
+        found = packed(hashes)
+        status = self._library.pool_publish(
+            self._handle, _address(table), found.address, found.start, start, end
         )
+        self._library.expect(status)
 
     def publish_each(
         self, tables: Sequence[Table[int]], ats: Sequence[int], hashes: Sequence[BlockHash]
@@ -330,14 +354,15 @@ class NativeInFlight(InFlight):
     def __init__(self, library: CacheLibrary) -> None:
         self._library = library
         self._owner = _Handle(library, "in_flight")
-        self._handle = self._owner.value
+        self._handle = self.handle = self._owner.value
         self._numbers: dict[RequestId, int] = {}  # of requests that led once and are not gone
         self._requests: dict[int, RequestId] = {}
         self._num_leaders = 0
 
-    def lead(self, request_id: RequestId, hashes: Sequence[BlockHash]) -> None:
+    def lead(self, request_id: RequestId, hashes: Sequence[BlockHash], start: int) -> None:
         found = packed(hashes)
-        if not len(found):
+        num = len(found) - start
+        if num <= 0:
             return
         number = self._numbers.get(request_id)
         if number is None:
@@ -345,19 +370,25 @@ class NativeInFlight(InFlight):
             number = self._numbers[request_id] = self._num_leaders
             self._requests[number] = request_id
         self._library.expect(
-            self._library.in_flight_lead(self._handle, number, found.address, found.start, len(found))
+            self._library.in_flight_lead(self._handle, number, found.address, found.start + start, num)
         )
 
-    def leave(self, request_id: RequestId, hashes: Iterable[BlockHash]) -> None:
+    def leave(self, request_id: RequestId, hashes: Sequence[BlockHash], start: int, end: int) -> None:
         number = self._numbers.get(request_id)
         if number is not None:
             found = packed(hashes)
-            self._library.in_flight_leave(self._handle, number, found.address, found.start, len(found))
+            self._library.in_flight_leave(
+                self._handle, number, found.address, found.start + start, end - start
+            )
 
     def gone(self, request_id: RequestId) -> None:
         number = self._numbers.pop(request_id, None)
         if number is not None:
             del self._requests[number]
+
+    def request(self, number: int) -> RequestId | None:
+        """The leader of this number, None for 0."""
+        return self._requests.get(number)
 
     def leader(self, block_hash: BlockHash) -> RequestId | None:
         found = packed((block_hash,))

@@ -108,10 +108,16 @@ class PoolView:
         """Set seen[i] where hash i has a block, or its eviction is remembered."""
         self.index.mark_seen(hashes, seen)
 
-    def holds(self, block_ids: Table[int], hashes: Sequence[BlockHash]) -> bool:
-        """Whether each block holds the content at its place; null ids hold anything."""
-        known = self._hashes
-        return all(b < 0 or known[b] == h for b, h in zip(ids_of(block_ids), hashes, strict=False))
+    def idle_if_held(self, block_ids: Table[int], hashes: Sequence[BlockHash]) -> Need | None:
+        """What the idle ones of these blocks cost; None unless each one holds the content at its place. Null
+        ids hold anything."""
+        held = list(map(self._hashes.__getitem__, block_ids))
+        if held != list(hashes[: len(held)]):
+            known = self._hashes
+            pairs = zip(block_ids, hashes, strict=False)
+            if not all(b < 0 or known[b] == h for b, h in pairs):
+                return None
+        return self.idle_worth(block_ids)
 
     def num_idle(self, block_ids: Table[int]) -> Need:
         """How many of these blocks are idle, (body, first)."""

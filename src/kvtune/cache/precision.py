@@ -142,7 +142,9 @@ class Precision:
         peak = peak_needs(self._groups, holding, now, num_tokens=max(gate_tokens, num_tokens), chunk=chunk)
         if not self.would_fit(match, peak, now, reserve):
             return False
-        lacking = shortfalls(self._groups, now, reserve, revived=match.blocks)
+        pairs = zip(self._groups, match.blocks, strict=True)
+        idle = [group.pool.idle_worth(blocks) for group, blocks in pairs]
+        lacking = shortfalls(self._groups, now, reserve, revived=idle)
         return self._lower(lacking, request_ids(), PlaneCause.ADMISSION)
 
     def would_fit(
@@ -239,7 +241,7 @@ class Precision:
         if holding.is_private:
             return
         holding.is_private, holding.parent = True, None
-        self._in_flight.leave(request_id, holding.hashes[holding.num_published : holding.num_led])
+        self._in_flight.leave(request_id, holding.hashes, holding.num_published, holding.num_led)
 
     # --- getting planes back
 

@@ -107,7 +107,7 @@ class Publishing:
         for group, table in zip(self._groups, holding.tables, strict=True):
             group.pool.publish(table, holding.hashes, start, num_full)
         if start < holding.num_led:
-            self._in_flight.leave(request_id, holding.hashes[start : min(num_full, holding.num_led)])
+            self._in_flight.leave(request_id, holding.hashes, start, min(num_full, holding.num_led))
 
     def _extend_hashes(self, holding: Holding, token_ids: Tokens, num_full: int) -> None:
         known = len(holding.hashes)

@@ -64,7 +64,7 @@ constexpr int32_t NUM_POLICIES = sizeof(POLICIES) / sizeof(POLICIES[0]);
 
 }  // namespace
 
-KVTUNE_API int32_t kvtune_cache_abi_version() { return 2; }
+KVTUNE_API int32_t kvtune_cache_abi_version() { return 3; }
 KVTUNE_API const char* kvtune_cache_message() { return message; }
 KVTUNE_API int32_t kvtune_cache_num_policies() { return NUM_POLICIES; }
 KVTUNE_API const char* kvtune_cache_policy_name(int32_t i) { return POLICIES[i].name; }
@@ -115,11 +115,31 @@ KVTUNE_API int64_t kvtune_pool_last_gap(const BlockPool* p, const uint8_t* diges
 
 KVTUNE_API void kvtune_pool_mark_seen(const BlockPool* p, const uint8_t* digests, int64_t start, int64_t num,
                                       uint8_t* seen) {
-  p->mark_seen(from(digests, start), num, seen);
+  p->each_seen(from(digests, start), num, [seen](int64_t i) { seen[i] = 1; });
 }
 
+// What `match` finds: blocks of the leading run, names behind it that were here before, who computes the first name
+// that no block has (0: nobody), and the last one of those it computes.
+struct Matched {
+  int64_t run, num_seen, leader, awaited;
+};
+
+// `ids` takes the run's blocks. Names from `limit` on are not waited for.
+KVTUNE_API void kvtune_pool_match(const BlockPool* p, const pool::InFlight* in_flight, const uint8_t* digests,
+                                  int64_t start, int64_t num, int64_t limit, int32_t* ids, Matched* out) {
+  const Digest* names = from(digests, start);
+  *out = {p->find_run(names, num, ids), 0, 0, -1};
+  p->each_seen(names + out->run, num - out->run, [out](int64_t) { ++out->num_seen; });
+  const int64_t missing = std::min(out->run, limit);
+  if (missing == limit) return;
+  out->leader = in_flight->leader(names[missing]);
+  if (out->leader != 0) out->awaited = missing + in_flight->run(names + missing, limit - missing) - 1;
+}
+
+// Whether each block holds the content at its place; `num_idle` takes how many are idle, by part.
 KVTUNE_API int32_t kvtune_pool_holds(const BlockPool* p, const int32_t* ids, const uint8_t* digests, int64_t start,
-                                     int64_t num) {
+                                     int64_t num, int64_t* num_idle) {
+  p->num_idle(ids, num, num_idle);
   return p->holds(ids, from(digests, start), num);
 }
 
@@ -131,8 +151,12 @@ KVTUNE_API void kvtune_pool_num_released(const BlockPool* p, int32_t* ids, int64
   p->num_released(ids, num, out);
 }
 
-KVTUNE_API int32_t kvtune_pool_begin(BlockPool* p, const uint8_t* digests, int64_t start, int64_t num) {
-  return guarded([&] { p->begin(from(digests, start), num); });
+KVTUNE_API int32_t kvtune_pool_admit(BlockPool* p, const int32_t* ids, int64_t num_ids, const uint8_t* digests,
+                                     int64_t start, int64_t num) {
+  return guarded([&] {
+    p->begin(from(digests, start), num);
+    p->incref(ids, num_ids);
+  });
 }
 
 KVTUNE_API int32_t kvtune_pool_take(BlockPool* p, int32_t is_first, int64_t num, int32_t* out) {

@@ -78,14 +78,16 @@ class BlockPool {
     return i;
   }
 
-  void mark_seen(const Digest* digests, int64_t num, uint8_t* seen) const {
+  // `seen(i)` for each name that has a block, or whose eviction is remembered.
+  template <class Seen>
+  void each_seen(const Digest* digests, int64_t num, Seen seen) const {
     MixedAhead ahead(digests, num, [this](uint64_t mixed) {
       index.prefetch(mixed);
       index.evicted.prefetch(mixed);
     });
     for (int64_t i = 0; i < num; ++i) {
       const uint64_t mixed = ahead.take(i);
-      if (index.evicted.contains(mixed) || index.find(digests[i], mixed) != NO_ID) seen[i] = 1;
+      if (index.evicted.contains(mixed) || index.find(digests[i], mixed) != NO_ID) seen(i);
     }
   }
 
