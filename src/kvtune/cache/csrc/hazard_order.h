@@ -142,6 +142,17 @@ class HazardOrder {
     }
   }
 
+  // The next victims as far as one queue tells: each candidate, and those before it that wait for nothing else.
+  // `visit(block)`: whether to go on.
+  template <class Visit>
+  void each_likely_victim(Visit visit) {
+    for (Block first = victim(); first != NO_BLOCK; first = records_.links().next(first)) {
+      for (Block block = first; block != NO_BLOCK; block = blocked_for(block)) {
+        if (!visit(block)) return;
+      }
+    }
+  }
+
   // A window passed the block while it waited for its children to leave: it need not wait any more.
   void unblock(Block block) {
     Facts& own = facts(block);
@@ -162,9 +173,9 @@ class HazardOrder {
     }
     own.state = GHOST;
     ghosts_.push_back(records_.links(), block);
+    const Block p = blocked_for(block);
     const Block forgotten = ++num_ghosts_ > GHOSTS * tree_.capacity() ? forget() : NO_BLOCK;
-    const Block p = tree_.parent(block);
-    if (p == NO_BLOCK || facts(p).state != BLOCKED || tree_.num_resident_children(p) != 1) return forgotten;
+    if (p == NO_BLOCK) return forgotten;
     facts(p).state = CANDIDATE;
     facts(p).queue = own.queue;
     facts(p).set_queued(own.queued());
@@ -189,6 +200,12 @@ class HazardOrder {
   struct ReleaseQueue {
     int32_t front = -1, back = -1;
   };
+
+  // The parent, if it was due and this is its last child: NO_BLOCK if not.
+  Block blocked_for(Block block) const {
+    const Block p = tree_.parent(block);
+    return p != NO_BLOCK && facts(p).state == BLOCKED && tree_.num_resident_children(p) == 1 ? p : NO_BLOCK;
+  }
 
   int class_of(const Facts& own) const {
     const int children = std::min<int>(own.children, 2), times = static_cast<int>(own.uses);

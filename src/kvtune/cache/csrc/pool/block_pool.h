@@ -300,18 +300,15 @@ class BlockPool {
     ++num_evicted_;
   }
 
-  void prefetch_ahead(const int32_t* ids, int64_t i, int64_t num) const {
+  KVTUNE_FETCHES void prefetch_ahead(const int32_t* ids, int64_t i, int64_t num) const {
     if (i + SOON < num && ids[i + SOON] >= 0) parts_[BODY].order->prefetch_block(ids[i + SOON]);
   }
 
   // Evictions come in runs: what the next ones will read, as far as they can be foreseen. How many those are.
   int64_t prefetch_evictions(Order& order, int64_t num) const {
     int32_t ids[WAVE];
-    int64_t num_likely = 0;
-    for (int32_t id = order.victim(); id != NO_ID && num_likely < std::min(num, WAVE); id = order.likely_after(id)) {
-      index.prefetch_name(id);
-      ids[num_likely++] = id;
-    }
+    const int64_t num_likely = order.likely_victims(ids, std::min(num, WAVE));
+    for (int64_t i = 0; i < num_likely; ++i) index.prefetch_name(ids[i]);
     for (int64_t i = 0; i < num_likely; ++i) {
       const uint64_t mixed = index.digest(ids[i]).mixed();
       index.prefetch(mixed);

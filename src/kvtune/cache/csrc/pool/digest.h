@@ -28,6 +28,10 @@ struct Digest {
 };
 static_assert(sizeof(Digest) == 32);
 
+// For functions that do nothing but fetch what will be read. GCC drops calls of those it has not inlined: it takes
+// them for functions without effect.
+#define KVTUNE_FETCHES __attribute__((always_inline)) inline
+
 // 0..size-1, evenly (Lemire 2019).
 inline int64_t place_of(uint64_t mixed, int64_t size) {
   return static_cast<int64_t>(static_cast<unsigned __int128>(mixed) * static_cast<uint64_t>(size) >> 64);

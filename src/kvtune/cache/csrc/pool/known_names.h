@@ -39,7 +39,7 @@ class KnownNames {
     if (is_there && table_.number(slot) == number) table_.erase(slot, [this](Block n) { return keys_[n]; });
   }
 
-  void prefetch(uint64_t key) const { table_.prefetch(key); }
+  KVTUNE_FETCHES void prefetch(uint64_t key) const { table_.prefetch(key); }
   int64_t bytes() const { return keys_.bytes() + table_.bytes(); }
 
  private:

@@ -92,10 +92,14 @@ class Learned final : public Order {
     if (parent != NO_BLOCK && parent != forgotten) drop_if_gone(parent);
   }
 
-  int32_t likely_after(int32_t id) const override {
-    if (is_lru_) return links_.next[id];
-    const Block next = tree_[number_of_[id]].next;
-    return next == NO_BLOCK ? NO_ID : tree_[next].id;
+  int64_t likely_victims(int32_t* ids, int64_t num) override {
+    if (is_lru_) return recency_.first(links_, ids, num);
+    int64_t n = 0;
+    order_.each_likely_victim([&](Block number) {
+      ids[n++] = tree_[number].id;
+      return n < num;
+    });
+    return n;
   }
 
   void prefetch_block(int32_t id) const override { __builtin_prefetch(&tree_[number_of_[id]], 1); }

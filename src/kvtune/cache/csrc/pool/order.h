@@ -24,6 +24,13 @@ class LinkedIds {
   int32_t front() const { return front_; }
   int64_t size() const { return size_; }
 
+  // The first `num` of them, or all; how many those are.
+  int64_t first(const Links& links, int32_t* ids, int64_t num) const {
+    int64_t n = 0;
+    for (int32_t id = front_; id != NO_ID && n < num; id = links.next[id]) ids[n++] = id;
+    return n;
+  }
+
   void push_back(Links& links, int32_t id) {
     links.previous[id] = back_;
     links.next[id] = NO_ID;
@@ -57,7 +64,7 @@ class Order {
   virtual void unpin(int32_t id) = 0;
   virtual int32_t victim() = 0;  // NO_ID: there are no candidates
   virtual void remove(int32_t id, uint64_t mixed) = 0;
-  virtual int32_t likely_after(int32_t id) const = 0;  // the next victim but one, if `id` is the next; a guess
+  virtual int64_t likely_victims(int32_t* ids, int64_t num) = 0;  // the next ones, up to `num`; a guess
   // What is about to be asked for; a block, or what a name is looked for by.
   virtual void prefetch_block(int32_t) const {}
   virtual void prefetch_name(uint64_t) const {}
@@ -75,7 +82,7 @@ class Lru final : public Order {
   void unpin(int32_t id) override { idle_.push_back(links_, id); }
   int32_t victim() override { return idle_.front(); }
   void remove(int32_t id, uint64_t) override { idle_.erase(links_, id); }
-  int32_t likely_after(int32_t id) const override { return links_.next[id]; }
+  int64_t likely_victims(int32_t* ids, int64_t num) override { return idle_.first(links_, ids, num); }
   int64_t num_candidates() const override { return idle_.size(); }
   int64_t bytes() const override { return 0; }
 
