@@ -153,6 +153,15 @@ class HazardOrder {
     }
   }
 
+  // The remembered blocks that so many removals would forget, in this order.
+  template <class Visit>
+  void each_forgotten_for(int64_t num, Visit visit) {
+    int64_t left = num_ghosts_ + num - GHOSTS * tree_.capacity();
+    for (Block block = ghosts_.front(); block != NO_BLOCK && left > 0; block = records_.links().next(block), --left) {
+      visit(block);
+    }
+  }
+
   // A window passed the block while it waited for its children to leave: it need not wait any more.
   void unblock(Block block) {
     Facts& own = facts(block);

@@ -300,7 +300,7 @@ class BlockPool {
     ++num_evicted_;
   }
 
-  KVTUNE_FETCHES void prefetch_ahead(const int32_t* ids, int64_t i, int64_t num) const {
+  void prefetch_ahead(const int32_t* ids, int64_t i, int64_t num) const {
     if (i + SOON < num && ids[i + SOON] >= 0) parts_[BODY].order->prefetch_block(ids[i + SOON]);
   }
 

@@ -48,12 +48,12 @@ class DigestIndex {
   int64_t ids(int32_t* out) const { return table_.numbers(out); }  // of all findable blocks, in no order
 
   // What a search will read first; then, once that is there, what it will compare; what an eviction will read first.
-  KVTUNE_FETCHES void prefetch(uint64_t mixed) const { table_.prefetch(mixed); }
-  KVTUNE_FETCHES void prefetch_first(uint64_t mixed) const {
+  void prefetch(uint64_t mixed) const { table_.prefetch(mixed); }
+  void prefetch_first(uint64_t mixed) const {
     const int32_t id = table_.first(mixed);
     if (id >= 0) prefetch_name(id);
   }
-  KVTUNE_FETCHES void prefetch_name(int32_t id) const { __builtin_prefetch(&digests_[id]); }
+  void prefetch_name(int32_t id) const { fetch(&digests_[id]); }
 
   void clear() {
     table_.clear();

@@ -41,8 +41,8 @@ class EvictionMemory {
     return is_there;
   }
 
-  KVTUNE_FETCHES void prefetch(uint64_t mixed) const {
-    if (!is_empty_) __builtin_prefetch(bucket(mixed));
+  void prefetch(uint64_t mixed) const {
+    if (!is_empty_) fetch(bucket(mixed));
   }
 
   void clear() {

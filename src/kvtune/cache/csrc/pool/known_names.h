@@ -39,7 +39,9 @@ class KnownNames {
     if (is_there && table_.number(slot) == number) table_.erase(slot, [this](Block n) { return keys_[n]; });
   }
 
-  KVTUNE_FETCHES void prefetch(uint64_t key) const { table_.prefetch(key); }
+  void prefetch(uint64_t key) const { table_.prefetch(key); }
+  void prefetch_key(Block number) const { fetch(&keys_[number]); }
+  uint64_t key(Block number) const { return keys_[number]; }
   int64_t bytes() const { return keys_.bytes() + table_.bytes(); }
 
  private:

@@ -99,10 +99,11 @@ class Learned final : public Order {
       ids[n++] = tree_[number].id;
       return n < num;
     });
+    fetch_forgotten(n);
     return n;
   }
 
-  void prefetch_block(int32_t id) const override { __builtin_prefetch(&tree_[number_of_[id]], 1); }
+  void prefetch_block(int32_t id) const override { fetch(&tree_[number_of_[id]]); }
   void prefetch_name(uint64_t mixed) const override { names_.prefetch(mixed); }
 
   int64_t num_candidates() const override { return recency_.size(); }
@@ -119,6 +120,12 @@ class Learned final : public Order {
 
   // Resident ones, those with a name, and those whose children alone are resident.
   static int64_t max_numbers(int64_t num_ids, int64_t capacity) { return 2 * num_ids + max_names(capacity) + 16; }
+
+  // What so many removals will read of the contents they push out of memory.
+  void fetch_forgotten(int64_t num) {
+    order_.each_forgotten_for(num, [this](Block number) { names_.prefetch_key(number); });
+    order_.each_forgotten_for(num, [this](Block number) { names_.prefetch(names_.key(number)); });
+  }
 
   void unblock(Block parent) {
     if (parent != NO_BLOCK) order_.unblock(parent);

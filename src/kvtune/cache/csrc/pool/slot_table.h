@@ -53,7 +53,7 @@ class SlotTable {
     --size_;
   }
 
-  KVTUNE_FETCHES void prefetch(uint64_t mixed) const { __builtin_prefetch(&slots_[home(mixed)]); }
+  void prefetch(uint64_t mixed) const { fetch(&slots_[home(mixed)]); }
 
   // The number that lies where the name would lie first, -1: none.
   int32_t first(uint64_t mixed) const { return number(home(mixed)); }
