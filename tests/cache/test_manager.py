@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kvtune.cache import KVCacheManager
-from kvtune.cache.hashing import chain_hashes, token_array
+from kvtune.cache.hashing import ChainMemo, chain_hashes, root_hash, token_array
 from kvtune.cache.table import Table
 from kvtune.errors import InvariantError, UsageError
 from kvtune.spec import KVGroup, LayerKind
@@ -408,3 +408,27 @@ def test_check_notices_damage(damage):
         group.promised += 1
     with pytest.raises(InvariantError):
         manager.check()
+
+
+def test_a_memo_of_chains_tells_what_hashing_tells():
+    rng = np.random.default_rng(3)
+    memo, size = ChainMemo(4, num_segments=8), 4
+    prompts = [rng.integers(0, 2**31 - 1, int(n)).astype("<i4") for n in rng.integers(0, 900, 6)]
+    roots = [root_hash(b"recipe", salt) for salt in ("", "tenant")]
+    for _ in range(300):
+        old = prompts[int(rng.integers(len(prompts)))]
+        tokens = np.concatenate(
+            [old[: int(rng.integers(len(old) + 1))], rng.integers(0, 9, int(rng.integers(200)))]
+        )
+        tokens = token_array(tokens)
+        root = roots[int(rng.integers(2))]
+        assert memo.chain(root, tokens) == chain_hashes(root, tokens, size)
+    assert 0 < memo.num_segments <= 8
+
+
+def test_a_memo_keeps_what_was_hashed_twice():
+    tokens = token_array(range(64 * 4))
+    memo = ChainMemo(4)
+    for expected in (0, 4, 4):
+        memo.chain(root_hash(b"", ""), tokens)
+        assert memo.num_segments == expected

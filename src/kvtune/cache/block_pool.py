@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import cast
 
 from kvtune.cache.arena import Arena
 from kvtune.cache.eviction import PolicyFactory
@@ -107,18 +108,16 @@ class BlockPool(PoolView):
 
     def _evict_many(self, arena: Arena, num_blocks: int) -> list[BlockId]:
         """`num_blocks` victims without their contents."""
-        known, counts = self._hashes, self._ref_count
+        known = self._hashes
         victims = take_victims(arena.policy, num_blocks)
         if len(victims) < num_blocks:
             raise InvariantError("no block is free or idle; the caller must test for room first")
-        hashes: list[BlockHash] = []
+        hashes = list(map(known.__getitem__, victims))
+        if None in hashes or any(map(self._ref_count.__getitem__, victims)):
+            raise InvariantError(f"the eviction policy chose blocks {victims}, which are not all idle")
         for victim in victims:
-            block_hash = known[victim]
-            if block_hash is None or counts[victim]:
-                raise InvariantError(f"the eviction policy chose block {victim}, which is not idle")
-            hashes.append(block_hash)
             known[victim] = None
-        self.index.evict_all(hashes)
+        self.index.evict_all(cast("list[BlockHash]", hashes))
         self.num_evicted += num_blocks
         return victims
 
@@ -191,13 +190,13 @@ class BlockPool(PoolView):
         reference more, and the reference on its own block is given back.
         """
         block_ids, new = ids_of(table[start:end]), hashes[start:end]
-        is_plain = self._planes is None and not self.has_first and self.index.has_none_of(new)
-        if not is_plain or any(map(self._hashes.__getitem__, block_ids)):
+        is_plain = self._planes is None and not self.has_first
+        is_plain = is_plain and not any(map(self._hashes.__getitem__, block_ids))
+        if not is_plain or not self.index.insert_all(new, block_ids):
             for i in range(start, end):
                 parent = BlockId(table[i - 1]) if i else NULL_BLOCK
                 table[i] = self._publish_one(BlockId(table[i]), hashes[i], depth=i, parent=parent)
             return
-        self.index.insert_all(new, block_ids)
         known = self._hashes
         for block_id, block_hash in zip(block_ids, new, strict=True):
             known[block_id] = block_hash

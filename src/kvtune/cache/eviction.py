@@ -109,15 +109,19 @@ class LRU:
     # --- many at once
 
     def insert_all(self, block_ids: Sequence[BlockId]) -> None:
-        if not self._pinned.isdisjoint(block_ids) or not self._candidates.keys().isdisjoint(block_ids):
-            raise KeyError(block_ids)
+        num_pinned = len(self._pinned)
         self._pinned.update(block_ids)
+        if len(self._pinned) != num_pinned + len(block_ids) or not self._candidates.keys().isdisjoint(
+            block_ids
+        ):
+            raise KeyError(block_ids)
 
     def unpin_all(self, block_ids: Sequence[BlockId]) -> None:
-        pinned, candidates = self._pinned, self._candidates
-        if not pinned.issuperset(block_ids):
+        num_pinned = len(self._pinned)
+        self._pinned.difference_update(block_ids)
+        if len(self._pinned) != num_pinned - len(block_ids):
             raise KeyError(block_ids)
-        pinned.difference_update(block_ids)
+        candidates = self._candidates
         for block_id in block_ids:
             candidates[block_id] = None
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from kvtune.cache.block_hashes import HASH_BYTES, joined
-from kvtune.cache.hashing import chain_hashes, root_hash, token_array
+from kvtune.cache.hashing import ChainMemo, chain_hashes, root_hash, token_array
 from kvtune.cache.native import CacheLibrary
 from kvtune.errors import InvariantError
 from kvtune.types import BlockHash, TokenArray
@@ -25,6 +25,7 @@ class BlockNames:
         self._library = library
         self._block_size = block_size
         self._fingerprint = fingerprint
+        self._memo = ChainMemo(block_size)
 
     def root(self, cache_salt: str) -> BlockHash:
         return root_hash(self._fingerprint, cache_salt)
@@ -34,7 +35,7 @@ class BlockNames:
         tokens = token_array(token_ids)
         if self._library is not None and len(parent) == HASH_BYTES:
             return self._library.hash_chain(parent, tokens, self._block_size)
-        return tuple(chain_hashes(parent, tokens, self._block_size))
+        return tuple(self._memo.chain(parent, tokens))
 
     def continued(
         self, root: BlockHash, token_ids: Tokens, known: Sequence[BlockHash]

@@ -136,6 +136,8 @@ class PoolView:
 
     def _idle_ones(self, block_ids: Table[int]) -> list[BlockId]:
         counts, hashes = self._ref_count, self._hashes
+        if 0 not in map(counts.__getitem__, block_ids):
+            return []
         return [b for b in ids_of(block_ids) if b >= 0 and not counts[b] and hashes[b] is not None]
 
     def released_worth(self, tables: Iterable[Table[int]]) -> Need:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from array import array
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from itertools import count
+from typing import Final, Protocol, cast
 
 from kvtune.types import BlockHash, BlockId
 
 __all__ = ["HashIndex", "PrefixIndex"]
+
+_STRETCH: Final = 64  # hashes looked up before asking whether the run goes on
 
 
 class PrefixIndex(Protocol):
@@ -51,7 +54,8 @@ class HashIndex:
 
     def __init__(self, *, max_evicted: int) -> None:
         self._blocks: dict[BlockHash, BlockId] = {}
-        self._evicted: OrderedDict[BlockHash, int] = OrderedDict()  # number of its eviction
+        self._evicted: dict[BlockHash, int] = {}  # number of its last eviction; it may be back
+        self._evictions: deque[BlockHash] = deque()  # the last ones, in order
         self._max_evicted = max_evicted
         self._num_evicted = 0
 
@@ -62,26 +66,21 @@ class HashIndex:
         if block_hash in self._blocks:
             raise KeyError(block_hash)
         self._blocks[block_hash] = block_id
-        self._evicted.pop(block_hash, None)
 
     def evict(self, block_hash: BlockHash) -> None:
-        del self._blocks[block_hash]
-        self._num_evicted += 1
-        evicted = self._evicted
-        evicted[block_hash] = self._num_evicted
-        oldest = next(iter(evicted))
-        if evicted[oldest] <= self._num_evicted - self._max_evicted:
-            del evicted[oldest]
+        self.evict_all((block_hash,))
 
     def forget(self, block_hash: BlockHash) -> None:
         del self._blocks[block_hash]
+        self._evicted.pop(block_hash, None)
 
     def was_evicted(self, block_hash: BlockHash) -> bool:
-        return block_hash in self._evicted
+        return block_hash in self._evicted and block_hash not in self._blocks
 
     def clear(self) -> None:
         self._blocks.clear()
         self._evicted.clear()
+        self._evictions.clear()
 
     def items(self) -> Iterable[tuple[BlockHash, BlockId]]:
         return self._blocks.items()
@@ -91,36 +90,39 @@ class HashIndex:
 
     # --- many at once
 
-    def run(self, hashes: Iterable[BlockHash]) -> list[BlockId]:
+    def run(self, hashes: Sequence[BlockHash]) -> list[BlockId]:
         """Blocks of the leading run of findable hashes."""
-        run: list[BlockId] = []
-        for block_id in map(self._blocks.get, hashes):
-            if block_id is None:
+        run: list[BlockId | None] = []
+        find = self._blocks.get
+        for start in range(0, len(hashes), _STRETCH):
+            found = list(map(find, hashes[start : start + _STRETCH]))
+            if None in found:
+                run += found[: found.index(None)]
                 break
-            run.append(block_id)
-        return run
+            run += found
+        return cast("list[BlockId]", run)
 
     def evict_all(self, hashes: Sequence[BlockHash]) -> None:
         """`evict` each of them, in this order."""
-        blocks, evicted = self._blocks, self._evicted
-        for number, block_hash in enumerate(hashes, self._num_evicted + 1):
-            del blocks[block_hash]
-            evicted[block_hash] = number
+        deque(map(self._blocks.__delitem__, hashes), maxlen=0)
+        self._evicted.update(zip(hashes, count(self._num_evicted + 1), strict=False))
+        self._evictions += hashes
         self._num_evicted += len(hashes)
-        outdated = self._num_evicted - self._max_evicted
-        while evicted and evicted[next(iter(evicted))] <= outdated:
-            evicted.popitem(last=False)
+        while len(self._evictions) > self._max_evicted:
+            oldest = self._evictions.popleft()
+            if self._evicted.get(oldest) == self._num_evicted - len(self._evictions):
+                del self._evicted[oldest]
 
-    def has_none_of(self, hashes: Iterable[BlockHash]) -> bool:
-        return self._blocks.keys().isdisjoint(hashes)
-
-    def insert_all(self, hashes: Sequence[BlockHash], block_ids: Iterable[BlockId]) -> None:
-        """Make blocks findable of whose hashes none has a block."""
-        self._blocks.update(zip(hashes, block_ids, strict=True))
-        evicted = self._evicted
-        if not evicted.keys().isdisjoint(hashes):
-            for block_hash in hashes:
-                evicted.pop(block_hash, None)
+    def insert_all(self, hashes: Sequence[BlockHash], block_ids: Sequence[BlockId]) -> bool:
+        """Make blocks findable. False, and nothing done, where one of the hashes has a block."""
+        blocks, num_before = self._blocks, len(self._blocks)
+        found = list(map(blocks.setdefault, hashes, block_ids))
+        if len(blocks) == num_before + len(hashes):
+            return True
+        for block_hash, block_id, own_id in zip(hashes, found, block_ids, strict=True):
+            if block_id == own_id:
+                blocks.pop(block_hash, None)
+        return False
 
     def mark_seen(self, hashes: Sequence[BlockHash], seen: array[int]) -> None:
         """Set seen[i] where hash i is findable or its eviction is remembered."""
