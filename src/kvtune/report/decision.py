@@ -66,7 +66,7 @@ def headline(result: Mapping[str, Any]) -> str:
     if before is None or after is None:
         return f"Use {record.short_config(find(result, 'winner.config'))}"
     budget = show_number(number(find(result, "held.kv_budget_bytes")) or 0, "bytes")
-    return f"Hold {show(int(after))} requests instead of {show(int(before))} in {budget} of KV cache"
+    return f"Hold {show(round(after))} requests instead of {show(round(before))} in {budget} of KV cache"
 
 
 def is_baseline_kept(result: Mapping[str, Any]) -> bool:
