@@ -21,9 +21,10 @@ def leading_run(request, resident):
 
 
 def replay_lru(requests, capacity):
-    """Hit blocks, by driving the LRU policy; block ids are the keys themselves."""
-    policy, resident, hits = LRU(), set(), 0
-    for request in requests:
+    """Hit blocks, by driving the LRU policy; every key is a block id of its own."""
+    policy, resident, hits, ids = LRU(), set(), 0, {}
+    for keys in requests:
+        request = [ids.setdefault(key, len(ids)) for key in keys]
         hits += leading_run(request, resident)
         for key in request:
             if key in resident:

@@ -17,13 +17,18 @@ back: one whose plane is lost leaves the index at once.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Final, cast
+
+import numpy as np
+import numpy.typing as npt
 
 from kvtune.cache.arena import Arena
 from kvtune.cache.eviction import PolicyFactory
-from kvtune.cache.eviction_many import insert_run, take_victims, unpin_each
+from kvtune.cache.eviction_lru import BlockIds
+from kvtune.cache.eviction_many import insert_run, pin_each, take_victims, unpin_each
 from kvtune.cache.plane_rows import PlaneRows
 from kvtune.cache.pool_view import PoolView
 from kvtune.cache.prefix_index import HashIndex
@@ -33,6 +38,9 @@ from kvtune.spec import PoolBudget
 from kvtune.types import BlockHash, BlockId, PlaneCause
 
 __all__ = ["BlockPool"]
+
+_MANY: Final = 32
+"""From so many blocks on arrays are faster than a loop."""
 
 
 class BlockPool(PoolView):
@@ -50,8 +58,14 @@ class BlockPool(PoolView):
     ) -> None:
         """`budget`: what the body may spend, all its blocks if None; `planes`: where blocks may lose them."""
         budget = budget or PoolBudget(total=num_blocks)
-        self._ref_count = [0] * (num_blocks + num_first_blocks)
-        self._hashes: list[BlockHash | None] = [None] * (num_blocks + num_first_blocks)
+        num_ids = num_blocks + num_first_blocks
+        self._ref_count = array("i", bytes(4 * num_ids))
+        self._hashes: list[BlockHash | None] = [None] * num_ids
+        self._is_published = bytearray(num_ids)  # whether it has a hash
+        # For many blocks at once, where all are of one arena that keeps its planes.
+        self._counts: BlockIds = np.frombuffer(self._ref_count, dtype=np.int32)
+        self._published: npt.NDArray[np.uint8] = np.frombuffer(self._is_published, dtype=np.uint8)
+        self._is_plain = planes is None and not num_first_blocks
         self._body = Arena(range(num_blocks), budget, policy(budget.num_whole), planes)
         self._first = Arena(
             range(num_blocks, num_blocks + num_first_blocks), PoolBudget(total=num_first_blocks),
@@ -88,11 +102,14 @@ class BlockPool(PoolView):
         block_ids.reverse()
         while arena.spent > arena.budget.total and len(block_ids) < num_blocks:
             block_ids.append(self._take_one(arena))
-        if len(block_ids) < num_blocks:
-            block_ids += self._evict_many(arena, num_blocks - len(block_ids))
         for block_id in block_ids:
             counts[block_id] = 1
-        return Table("i", block_ids)
+        taken = Table("i", block_ids)
+        if len(block_ids) < num_blocks:
+            victims = self._evict_many(arena, num_blocks - len(block_ids))
+            self._counts[victims] = 1
+            taken.frombytes(victims.tobytes())
+        return taken
 
     def _take_one(self, arena: Arena) -> BlockId:
         while not arena.can_take:
@@ -106,17 +123,19 @@ class BlockPool(PoolView):
     def _evict(self, arena: Arena) -> None:
         self._set_free(arena, self._leave(arena, arena.policy.victim()))
 
-    def _evict_many(self, arena: Arena, num_blocks: int) -> list[BlockId]:
+    def _evict_many(self, arena: Arena, num_blocks: int) -> BlockIds:
         """`num_blocks` victims without their contents."""
         known = self._hashes
         victims = take_victims(arena.policy, num_blocks)
         if len(victims) < num_blocks:
             raise InvariantError("no block is free or idle; the caller must test for room first")
-        hashes = list(map(known.__getitem__, victims))
-        if None in hashes or any(map(self._ref_count.__getitem__, victims)):
+        if self._counts[victims].any() or not self._published[victims].all():
             raise InvariantError(f"the eviction policy chose blocks {victims}, which are not all idle")
-        for victim in victims:
+        hashes: list[BlockHash | None] = []
+        for victim in victims.tolist():
+            hashes.append(known[victim])
             known[victim] = None
+        self._published[victims] = 0
         self.index.evict_all(cast("list[BlockHash]", hashes))
         self.num_evicted += num_blocks
         return victims
@@ -130,9 +149,13 @@ class BlockPool(PoolView):
             raise InvariantError(f"the eviction policy chose block {victim}, which is not idle")
         arena.policy.remove(victim)
         self.index.evict(block_hash)
-        self._hashes[victim] = None
+        self._name(victim, None)
         self.num_evicted += 1
         return victim
+
+    def _name(self, block_id: BlockId, block_hash: BlockHash | None) -> None:
+        self._hashes[block_id] = block_hash
+        self._is_published[block_id] = block_hash is not None
 
     def _set_free(self, arena: Arena, block_id: BlockId) -> None:
         arena.free.append(block_id)
@@ -141,6 +164,9 @@ class BlockPool(PoolView):
 
     def incref(self, block_ids: Table[int]) -> None:
         """One more table holds each block; null ids are skipped."""
+        if self._is_plain and len(block_ids) >= _MANY:
+            self._incref_many(np.array(block_ids))
+            return
         counts, hashes, num_body = self._ref_count, self._hashes, self._num_body
         for block_id in ids_of(block_ids):
             if block_id < 0:
@@ -154,8 +180,20 @@ class BlockPool(PoolView):
                     arena.planes.idle.pop(block_id, None)
             counts[block_id] += 1
 
+    def _incref_many(self, block_ids: BlockIds) -> None:
+        block_ids = block_ids[block_ids >= 0]
+        idle = block_ids[self._counts[block_ids] == 0]
+        free = idle[self._published[idle] == 0]
+        if len(free):
+            raise InvariantError(f"block {free[0]} is free and cannot be shared")
+        pin_each(self._body.policy, idle)
+        self._counts[block_ids] += 1
+
     def decref(self, block_ids: Table[int]) -> None:
         """One table fewer holds each block, in this order; the last one leaves it idle or free."""
+        if self._is_plain and len(block_ids) >= _MANY:
+            self._decref_many(np.array(block_ids))
+            return
         counts, hashes = self._ref_count, self._hashes
         free: list[BlockId] = []
         idle: list[BlockId] = []
@@ -170,10 +208,6 @@ class BlockPool(PoolView):
                 (free if hashes[block_id] is None else idle).append(block_id)
             else:
                 raise InvariantError(f"block {block_id} was given back more often than taken")
-        if self._planes is None and not self.has_first:
-            self._body.free += free
-            unpin_each(self._body.policy, idle)
-            return
         for block_id in free:
             self._set_free(self._arena(block_id), block_id)
         for block_id in idle:
@@ -182,6 +216,18 @@ class BlockPool(PoolView):
             if arena.planes is not None and arena.planes.has_row(block_id):
                 arena.planes.idle[block_id] = None
 
+    def _decref_many(self, block_ids: BlockIds) -> None:
+        block_ids = block_ids[block_ids >= 0]
+        left = self._counts[block_ids] - 1
+        if len(left) and left.min() < 0:
+            block_id = block_ids[left < 0][0]
+            raise InvariantError(f"block {block_id} was given back more often than taken")
+        self._counts[block_ids] = left
+        gone = block_ids[left == 0]
+        is_idle = self._published[gone] != 0
+        self._body.free += cast("list[BlockId]", gone[~is_idle].tolist())
+        unpin_each(self._body.policy, gone[is_idle])
+
     def publish(self, table: Table[int], hashes: Sequence[BlockHash], start: int, end: int) -> None:
         """Make the full, computed blocks start..end-1 of a table findable and immutable; `hashes[i]` is that
         of block i.
@@ -189,9 +235,9 @@ class BlockPool(PoolView):
         Where another block already holds a content, that one stays canonical: the table gets it with one
         reference more, and the reference on its own block is given back.
         """
-        block_ids, new = ids_of(table[start:end]), hashes[start:end]
-        is_plain = self._planes is None and not self.has_first
-        is_plain = is_plain and not any(map(self._hashes.__getitem__, block_ids))
+        own, new = np.array(table[start:end]), hashes[start:end]
+        block_ids = cast("list[BlockId]", own.tolist())
+        is_plain = self._is_plain and not self._published[own].any()
         if not is_plain or not self.index.insert_all(new, block_ids):
             for i in range(start, end):
                 parent = BlockId(table[i - 1]) if i else NULL_BLOCK
@@ -200,8 +246,9 @@ class BlockPool(PoolView):
         known = self._hashes
         for block_id, block_hash in zip(block_ids, new, strict=True):
             known[block_id] = block_hash
+        self._published[own] = 1
         parent = BlockId(table[start - 1]) if start and table[start - 1] >= 0 else None
-        insert_run(self._body.policy, block_ids, new, depth=start, parent=parent)
+        insert_run(self._body.policy, own, new, depth=start, parent=parent)
         self.num_published += end - start
 
     def publish_each(
@@ -234,7 +281,7 @@ class BlockPool(PoolView):
             self.num_duplicates += 1
             return canonical
         self.index.insert(block_hash, block_id)
-        self._hashes[block_id] = block_hash
+        self._name(block_id, block_hash)
         if self._planes is not None:
             self._planes.forget_lost(block_hash)
         is_apart = parent < 0 or self.is_first(parent) != self.is_first(block_id)
@@ -253,14 +300,14 @@ class BlockPool(PoolView):
             arena = self._arena(block_id)
             arena.policy.remove(block_id)
             self.index.forget(block_hash)
-            self._hashes[block_id] = None
+            self._name(block_id, None)
             self._set_free(arena, block_id)
 
     def unpublish_all(self) -> None:
         """Forget every content: idle blocks become free, referenced ones private again."""
         for block_id, block_hash in enumerate(self._hashes):
             if block_hash is not None:
-                self._hashes[block_id] = None
+                self._name(BlockId(block_id), None)
                 if self._ref_count[block_id] == 0:
                     self._set_free(self._arena(BlockId(block_id)), BlockId(block_id))
         for arena in (self._body, self._first):
@@ -309,7 +356,7 @@ class BlockPool(PoolView):
             self._body.policy.unpin(block_id)
         self._body.policy.remove(block_id)
         self.index.forget(block_hash)
-        self._hashes[block_id] = None
+        self._name(block_id, None)
         planes.remember_lost(block_hash)
         if self._ref_count[block_id] == 0:
             self._body.free.append(block_id)

@@ -6,22 +6,20 @@ A block's life as a policy sees it::
                  ▲              │
                  └────pin───────┘
 
-`LRU` is leaf-first without a tree: a request unpins its blocks deepest first, and whoever uses a block
-also uses its ancestors, so a parent's last use is never older than its child's (vLLM's free queue
-orders blocks the same way). `FIFO` is by first insertion, whatever happens later. The policies that learn
-(gdsf, hazard, guarded) have modules of their own beside this one.
+`FIFO` is by first insertion, whatever happens later. `LRU` and the policies that learn (gdsf, hazard,
+guarded) have modules of their own beside this one.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
 from kvtune.cache.eviction_gdsf import GDSF
 from kvtune.cache.eviction_guarded import Guarded
 from kvtune.cache.eviction_hazard import Hazard
+from kvtune.cache.eviction_lru import LRU
 from kvtune.errors import UsageError
 from kvtune.types import BlockId
 
@@ -70,65 +68,6 @@ class EvictionPolicy(Protocol):
     def __len__(self) -> int:
         """Number of candidates."""
         ...
-
-
-class LRU:
-    """Least recently used; O(1)."""
-
-    def __init__(self, capacity: int = 0) -> None:
-        self._pinned: set[BlockId] = set()
-        self._candidates: OrderedDict[BlockId, None] = OrderedDict()
-
-    def begin(self, contents: Sequence[Hashable], num_hit: int) -> None:
-        pass
-
-    def insert(
-        self, block_id: BlockId, *, depth: int, content: Hashable = None, parent: BlockId | None = None
-    ) -> None:
-        if block_id in self._pinned or block_id in self._candidates:
-            raise KeyError(block_id)
-        self._pinned.add(block_id)
-
-    def pin(self, block_id: BlockId) -> None:
-        del self._candidates[block_id]
-        self._pinned.add(block_id)
-
-    def unpin(self, block_id: BlockId) -> None:
-        self._pinned.remove(block_id)
-        self._candidates[block_id] = None
-
-    def victim(self) -> BlockId | None:
-        return next(iter(self._candidates), None)
-
-    def remove(self, block_id: BlockId) -> None:
-        del self._candidates[block_id]
-
-    def __len__(self) -> int:
-        return len(self._candidates)
-
-    # --- many at once
-
-    def insert_all(self, block_ids: Sequence[BlockId]) -> None:
-        num_pinned = len(self._pinned)
-        self._pinned.update(block_ids)
-        if len(self._pinned) != num_pinned + len(block_ids) or not self._candidates.keys().isdisjoint(
-            block_ids
-        ):
-            raise KeyError(block_ids)
-
-    def unpin_all(self, block_ids: Sequence[BlockId]) -> None:
-        num_pinned = len(self._pinned)
-        self._pinned.difference_update(block_ids)
-        if len(self._pinned) != num_pinned - len(block_ids):
-            raise KeyError(block_ids)
-        candidates = self._candidates
-        for block_id in block_ids:
-            candidates[block_id] = None
-
-    def take_oldest(self, num: int) -> list[BlockId]:
-        """The first `num` candidates, or all there are; they are not resident any more."""
-        pop = self._candidates.popitem
-        return [pop(last=False)[0] for _ in range(min(num, len(self._candidates)))]
 
 
 class FIFO:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
+
+import numpy as np
 
 from kvtune.cache.eviction import LRU, EvictionPolicy
+from kvtune.cache.eviction_lru import BlockIds
 from kvtune.types import BlockHash, BlockId
 
-__all__ = ["insert_run", "take_victims", "unpin_each"]
+__all__ = ["insert_run", "pin_each", "take_victims", "unpin_each"]
 
 
-def take_victims(policy: EvictionPolicy, num: int) -> list[BlockId]:
+def take_victims(policy: EvictionPolicy, num: int) -> BlockIds:
     """The next `num` victims, removed; fewer where there are fewer candidates."""
     if isinstance(policy, LRU):
         return policy.take_oldest(num)
@@ -21,12 +25,12 @@ def take_victims(policy: EvictionPolicy, num: int) -> list[BlockId]:
             break
         policy.remove(victim)
         victims.append(victim)
-    return victims
+    return np.array(victims, dtype=np.int32)
 
 
 def insert_run(
     policy: EvictionPolicy,
-    block_ids: Sequence[BlockId],
+    block_ids: BlockIds,
     contents: Sequence[BlockHash],
     *,
     depth: int,
@@ -37,16 +41,29 @@ def insert_run(
         policy.insert_all(block_ids)
         return
     insert = policy.insert
-    for at, (block_id, content) in enumerate(zip(block_ids, contents, strict=True), depth):
+    for at, (block_id, content) in enumerate(zip(_ids(block_ids), contents, strict=True), depth):
         insert(block_id, depth=at, content=content, parent=parent)
         parent = block_id
 
 
-def unpin_each(policy: EvictionPolicy, block_ids: Sequence[BlockId]) -> None:
+def pin_each(policy: EvictionPolicy, block_ids: BlockIds) -> None:
+    """Someone uses these candidates again."""
+    if isinstance(policy, LRU):
+        policy.pin_all(block_ids)
+        return
+    for block_id in _ids(block_ids):
+        policy.pin(block_id)
+
+
+def unpin_each(policy: EvictionPolicy, block_ids: BlockIds) -> None:
     """The blocks are candidates, in this order."""
     if isinstance(policy, LRU):
         policy.unpin_all(block_ids)
         return
     unpin = policy.unpin
-    for block_id in block_ids:
+    for block_id in _ids(block_ids):
         unpin(block_id)
+
+
+def _ids(block_ids: BlockIds) -> list[BlockId]:
+    return cast("list[BlockId]", block_ids.tolist())

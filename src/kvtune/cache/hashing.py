@@ -54,8 +54,8 @@ class ChainMemo:
         self._block_size = block_size
         self._most_segments = num_segments
         self._known: OrderedDict[bytes, list[BlockHash]] = OrderedDict()
-        self._ends: set[BlockHash] = set()  # last hashes of segments hashed once
-        self._older_ends: set[BlockHash] = set()
+        self._once: dict[BlockHash, list[BlockHash]] = {}  # segments hashed once, by their last hash
+        self._once_before: dict[BlockHash, list[BlockHash]] = {}
 
     @property
     def num_segments(self) -> int:
@@ -84,14 +84,14 @@ class ChainMemo:
         """These were hashed: the segments among them that were hashed before, too, are kept."""
         size, span = self.SEGMENT, self.SEGMENT * self._block_size
         for i, end in enumerate(hashes[size - 1 :: size]):
-            if end in self._ends or end in self._older_ends:
-                before = hashes[i * size - 1] if i else parent
-                self._known[before + tokens[i * span : (i + 1) * span].tobytes()] = hashes[
-                    i * size : (i + 1) * size
-                ]
+            # The names first made are those in use everywhere else: equal ones would be other objects.
+            segment = self._once.get(end) or self._once_before.get(end)
+            if segment is None:
+                self._once[end] = hashes[i * size : (i + 1) * size]
             else:
-                self._ends.add(end)
+                before = hashes[i * size - 1] if i else parent
+                self._known[before + tokens[i * span : (i + 1) * span].tobytes()] = segment
         while len(self._known) > self._most_segments:
             self._known.popitem(last=False)
-        if len(self._ends) > 4 * self._most_segments:
-            self._older_ends, self._ends = self._ends, set()
+        if len(self._once) > 2 * self._most_segments:
+            self._once_before, self._once = self._once, {}

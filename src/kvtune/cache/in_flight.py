@@ -19,22 +19,14 @@ class InFlight:
 
     def lead(self, request_id: RequestId, hashes: Sequence[BlockHash], start: int) -> None:
         """The request computes these blocks from `start` on, but for those that have a leader."""
-        leaders, led = self._leaders, hashes[start:]
-        if leaders.keys().isdisjoint(led):
-            leaders.update(zip(led, repeat(request_id)))
-        else:
-            leaders.update((h, request_id) for h in led if h not in leaders)
+        deque(map(self._leaders.setdefault, hashes[start:], repeat(request_id)), maxlen=0)
 
     def leave(self, request_id: RequestId, hashes: Sequence[BlockHash], start: int, end: int) -> None:
         """The request does not lead blocks start..end-1 of these any more, if it did."""
         leaders, led = self._leaders, hashes[start:end]
-        values = list(map(leaders.get, led))
-        if values.count(request_id) == len(led):
-            deque(map(leaders.pop, led, repeat(None)), maxlen=0)
-            return
-        for block_hash, leader in zip(led, values, strict=True):
-            if leader == request_id:
-                del leaders[block_hash]
+        removed = list(map(leaders.pop, led, repeat(None)))
+        if removed.count(request_id) < len(led):
+            leaders.update((h, r) for h, r in zip(led, removed, strict=True) if r not in (None, request_id))
 
     def gone(self, request_id: RequestId) -> None:
         """The request has left all its blocks and will lead none."""

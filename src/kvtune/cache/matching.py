@@ -11,9 +11,9 @@ from kvtune.cache.group import GroupCache
 from kvtune.cache.in_flight import InFlight
 from kvtune.cache.records import PrefixMatch
 from kvtune.cache.table import Table
-from kvtune.types import BlockHash, MissCause
+from kvtune.types import BlockHash, MissCause, RequestId
 
-__all__ = ["Found", "Matching", "longest_match", "miss_causes"]
+__all__ = ["Found", "Looked", "Matching", "WholeMatching", "longest_match", "miss_causes"]
 
 
 class Matching:
@@ -38,6 +38,53 @@ class Matching:
             root=root,
             block_hashes=hashes,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """Of the hashes given, the leading ones have these `blocks`; `num_seen` behind them were here before. The
+    first one without a block is computed by the `leader`, and so are those up to `awaited`."""
+
+    blocks: Table[int]
+    num_seen: int
+    leader: RequestId | None
+    awaited: BlockHash | None
+
+
+class WholeMatching(Matching):
+    """For a cache of one group that sees the whole context and whose low planes stay."""
+
+    def match(self, hashes: Sequence[BlockHash], num_tokens: int, root: BlockHash) -> PrefixMatch:
+        size, num = self._block_size, len(hashes)
+        limit = (num_tokens - 1) // size
+        looked = self._look(hashes, limit)
+        run, num_seen = len(looked.blocks), looked.num_seen
+        boundary = min(run, limit)
+        misses: dict[MissCause, int] = {}
+        if num_seen:
+            misses[MissCause.EVICTED] = num_seen * size
+        if run + num_seen < num:
+            misses[MissCause.NEVER_SEEN] = (num - run - num_seen) * size
+        if boundary < run:  # the last token is always computed, and with it the rest of its block
+            misses[MissCause.LAST_TOKEN] = size
+        if num * size < num_tokens:
+            misses[MissCause.PARTIAL_BLOCK] = num_tokens - num * size
+        return PrefixMatch(
+            num_tokens=boundary * size,
+            blocks=(looked.blocks if boundary == run else looked.blocks[:boundary],),
+            misses=misses,
+            root=root,
+            leader=looked.leader,
+            awaited=looked.awaited,
+            block_hashes=hashes,
+        )
+
+    def _look(self, hashes: Sequence[BlockHash], limit: int) -> Looked:
+        """Names from `limit` on are not waited for."""
+        blocks = self._groups[0].pool.find_run(hashes)
+        num_seen = _num_seen_before(self._groups, hashes[len(blocks) :])
+        leader, awaited = self._in_flight.awaited(hashes[len(blocks) : limit])
+        return Looked(blocks, num_seen, leader, awaited)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from collections.abc import Iterable, Sequence
-from itertools import count
-from typing import Final, Protocol, cast
+from itertools import count, repeat
+from typing import Final, Protocol
 
 from kvtune.types import BlockHash, BlockId
 
 __all__ = ["HashIndex", "PrefixIndex"]
 
 _STRETCH: Final = 64  # hashes looked up before asking whether the run goes on
+_NOBODY: Final = repeat(-1)
 
 
 class PrefixIndex(Protocol):
@@ -50,85 +51,93 @@ class PrefixIndex(Protocol):
 
 
 class HashIndex:
-    """A dict, and the last `max_evicted` evictions to tell EVICTED from NEVER_SEEN."""
+    """One dict of blocks and the last `max_evicted` evictions: an id, or minus the number of an eviction."""
 
     def __init__(self, *, max_evicted: int) -> None:
-        self._blocks: dict[BlockHash, BlockId] = {}
-        self._evicted: dict[BlockHash, int] = {}  # number of its last eviction; it may be back
-        self._evictions: deque[BlockHash] = deque()  # the last ones, in order
+        self._known: dict[BlockHash, int] = {}
+        self._evictions: deque[BlockHash] = deque()  # the last ones, in order; some are back
         self._max_evicted = max_evicted
-        self._num_evicted = 0
+        self._num_evicted = self._num_blocks = 0
 
     def find(self, block_hash: BlockHash) -> BlockId | None:
-        return self._blocks.get(block_hash)
+        found = self._known.get(block_hash, -1)
+        return None if found < 0 else BlockId(found)
 
     def insert(self, block_hash: BlockHash, block_id: BlockId) -> None:
-        if block_hash in self._blocks:
+        if self._known.get(block_hash, -1) >= 0:
             raise KeyError(block_hash)
-        self._blocks[block_hash] = block_id
+        self._known[block_hash] = block_id
+        self._num_blocks += 1
 
     def evict(self, block_hash: BlockHash) -> None:
+        if self._known[block_hash] < 0:
+            raise KeyError(block_hash)
         self.evict_all((block_hash,))
 
     def forget(self, block_hash: BlockHash) -> None:
-        del self._blocks[block_hash]
-        self._evicted.pop(block_hash, None)
+        if self._known[block_hash] < 0:
+            raise KeyError(block_hash)
+        del self._known[block_hash]
+        self._num_blocks -= 1
 
     def was_evicted(self, block_hash: BlockHash) -> bool:
-        return block_hash in self._evicted and block_hash not in self._blocks
+        return self._known.get(block_hash, 0) < 0
 
     def clear(self) -> None:
-        self._blocks.clear()
-        self._evicted.clear()
+        self._known.clear()
         self._evictions.clear()
+        self._num_blocks = 0
 
     def items(self) -> Iterable[tuple[BlockHash, BlockId]]:
-        return self._blocks.items()
+        return ((block_hash, BlockId(found)) for block_hash, found in self._known.items() if found >= 0)
 
     def __len__(self) -> int:
-        return len(self._blocks)
+        return self._num_blocks
 
     # --- many at once
 
-    def run(self, hashes: Sequence[BlockHash]) -> list[BlockId]:
+    def run(self, hashes: Sequence[BlockHash]) -> list[int]:
         """Blocks of the leading run of findable hashes."""
-        run: list[BlockId | None] = []
-        find = self._blocks.get
+        run: list[int] = []
+        find = self._known.get
         for start in range(0, len(hashes), _STRETCH):
-            found = list(map(find, hashes[start : start + _STRETCH]))
-            if None in found:
-                run += found[: found.index(None)]
-                break
+            found = list(map(find, hashes[start : start + _STRETCH], _NOBODY))
             run += found
-        return cast("list[BlockId]", run)
+            if min(found) < 0:
+                return run[: next(i for i, block_id in enumerate(run) if block_id < 0)]
+        return run
 
     def evict_all(self, hashes: Sequence[BlockHash]) -> None:
-        """`evict` each of them, in this order."""
-        deque(map(self._blocks.__delitem__, hashes), maxlen=0)
-        self._evicted.update(zip(hashes, count(self._num_evicted + 1), strict=False))
-        self._evictions += hashes
+        """Forget these blocks, all of them findable, and remember that they were evicted in this order."""
+        known, evictions = self._known, self._evictions
+        known.update(zip(hashes, count(-self._num_evicted - 1, -1), strict=False))
+        evictions += hashes
         self._num_evicted += len(hashes)
-        while len(self._evictions) > self._max_evicted:
-            oldest = self._evictions.popleft()
-            if self._evicted.get(oldest) == self._num_evicted - len(self._evictions):
-                del self._evicted[oldest]
+        self._num_blocks -= len(hashes)
+        while len(evictions) > self._max_evicted:
+            oldest = evictions.popleft()
+            if known.get(oldest) == len(evictions) - self._num_evicted:
+                del known[oldest]
 
     def insert_all(self, hashes: Sequence[BlockHash], block_ids: Sequence[BlockId]) -> bool:
         """Make blocks findable. False, and nothing done, where one of the hashes has a block."""
-        blocks, num_before = self._blocks, len(self._blocks)
-        found = list(map(blocks.setdefault, hashes, block_ids))
-        if len(blocks) == num_before + len(hashes):
-            return True
-        for block_hash, block_id, own_id in zip(hashes, found, block_ids, strict=True):
-            if block_id == own_id:
-                blocks.pop(block_hash, None)
-        return False
+        known, num = self._known, len(self._known)
+        found = list(map(known.setdefault, hashes, block_ids))
+        if len(known) != num + len(hashes):  # some were known
+            new = {h for h, was, own in zip(hashes, found, block_ids, strict=True) if was == own}
+            if any(was >= 0 and h not in new for h, was in zip(hashes, found, strict=True)):
+                for block_hash in new:
+                    del known[block_hash]
+                return False
+            known.update(zip(hashes, block_ids, strict=True))
+        self._num_blocks += len(hashes)
+        return True
 
     def mark_seen(self, hashes: Sequence[BlockHash], seen: array[int]) -> None:
         """Set seen[i] where hash i is findable or its eviction is remembered."""
-        blocks, evicted = self._blocks, self._evicted
-        if blocks.keys().isdisjoint(hashes) and evicted.keys().isdisjoint(hashes):
+        known = self._known
+        if known.keys().isdisjoint(hashes):
             return
         for i, block_hash in enumerate(hashes):
-            if block_hash in evicted or block_hash in blocks:
+            if block_hash in known:
                 seen[i] = 1
