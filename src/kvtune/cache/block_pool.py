@@ -20,14 +20,14 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Final, cast
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
 from kvtune.cache.arena import Arena
 from kvtune.cache.eviction import PolicyFactory
-from kvtune.cache.eviction_lru import BlockIds
+from kvtune.cache.eviction_lru import MANY, BlockIds
 from kvtune.cache.eviction_many import insert_run, pin_each, take_victims, unpin_each
 from kvtune.cache.plane_rows import PlaneRows
 from kvtune.cache.pool_view import PoolView
@@ -38,9 +38,6 @@ from kvtune.spec import PoolBudget
 from kvtune.types import BlockHash, BlockId, PlaneCause
 
 __all__ = ["BlockPool"]
-
-_MANY: Final = 32
-"""From so many blocks on arrays are faster than a loop."""
 
 
 class BlockPool(PoolView):
@@ -164,7 +161,7 @@ class BlockPool(PoolView):
 
     def incref(self, block_ids: Table[int]) -> None:
         """One more table holds each block; null ids are skipped."""
-        if self._is_plain and len(block_ids) >= _MANY:
+        if self._is_plain and len(block_ids) >= MANY:
             self._incref_many(np.array(block_ids))
             return
         counts, hashes, num_body = self._ref_count, self._hashes, self._num_body
@@ -191,7 +188,7 @@ class BlockPool(PoolView):
 
     def decref(self, block_ids: Table[int]) -> None:
         """One table fewer holds each block, in this order; the last one leaves it idle or free."""
-        if self._is_plain and len(block_ids) >= _MANY:
+        if self._is_plain and len(block_ids) >= MANY:
             self._decref_many(np.array(block_ids))
             return
         counts, hashes = self._ref_count, self._hashes
@@ -208,6 +205,10 @@ class BlockPool(PoolView):
                 (free if hashes[block_id] is None else idle).append(block_id)
             else:
                 raise InvariantError(f"block {block_id} was given back more often than taken")
+        if self._is_plain:
+            self._body.free += free
+            unpin_each(self._body.policy, idle)
+            return
         for block_id in free:
             self._set_free(self._arena(block_id), block_id)
         for block_id in idle:
@@ -235,19 +236,19 @@ class BlockPool(PoolView):
         Where another block already holds a content, that one stays canonical: the table gets it with one
         reference more, and the reference on its own block is given back.
         """
-        own, new = np.array(table[start:end]), hashes[start:end]
-        block_ids = cast("list[BlockId]", own.tolist())
-        is_plain = self._is_plain and not self._published[own].any()
+        block_ids, new = ids_of(table[start:end]), hashes[start:end]
+        is_plain = self._is_plain and not any(map(self._is_published.__getitem__, block_ids))
         if not is_plain or not self.index.insert_all(new, block_ids):
             for i in range(start, end):
                 parent = BlockId(table[i - 1]) if i else NULL_BLOCK
                 table[i] = self._publish_one(BlockId(table[i]), hashes[i], depth=i, parent=parent)
             return
-        known = self._hashes
+        known, published = self._hashes, self._is_published
         for block_id, block_hash in zip(block_ids, new, strict=True):
             known[block_id] = block_hash
-        self._published[own] = 1
+            published[block_id] = True
         parent = BlockId(table[start - 1]) if start and table[start - 1] >= 0 else None
+        own = np.array(table[start:end]) if end - start >= MANY else block_ids
         insert_run(self._body.policy, own, new, depth=start, parent=parent)
         self.num_published += end - start
 

@@ -16,13 +16,15 @@ import numpy.typing as npt
 
 from kvtune.types import BlockId
 
-__all__ = ["LRU", "BlockIds"]
+__all__ = ["LRU", "MANY", "BlockIds"]
 
 BlockIds = npt.NDArray[np.int32]
 
 _ABSENT: Final = 0
 _PINNED: Final = 1
 _CANDIDATE: Final = 2
+MANY: Final = 64
+"""From so many blocks on arrays are faster than a loop."""
 _SLACK: Final = 1024  # outdated uses that are not worth throwing out
 
 
@@ -90,22 +92,29 @@ class LRU:
 
     # --- many at once
 
-    def insert_all(self, block_ids: BlockIds) -> None:
-        self._make_ids(int(block_ids.max(initial=-1)) + 1)
+    def insert_all(self, block_ids: BlockIds | Sequence[int]) -> None:
+        if len(block_ids):
+            self._make_ids(int(max(block_ids) if len(block_ids) < MANY else np.max(block_ids)) + 1)
         self._turn_all(block_ids, _ABSENT, _PINNED)
 
-    def pin_all(self, block_ids: BlockIds) -> None:
+    def pin_all(self, block_ids: BlockIds | Sequence[int]) -> None:
         self._turn_all(block_ids, _CANDIDATE, _PINNED)
         self._num_candidates -= len(block_ids)
 
-    def unpin_all(self, block_ids: BlockIds) -> None:
+    def unpin_all(self, block_ids: BlockIds | Sequence[int]) -> None:
         """In this order."""
         num = len(block_ids)
         self._turn_all(block_ids, _PINNED, _CANDIDATE)
         self._make_uses(num)
-        self._uses[self._tail : self._tail + num] = block_ids
-        first = self._first + self._tail
-        self._last_uses[block_ids] = np.arange(first, first + num)
+        tail, first = self._tail, self._first
+        if num < MANY:
+            queue, last_use = self._queue, self._last_use
+            for at, block_id in enumerate(block_ids, tail):
+                queue[at] = block_id
+                last_use[block_id] = first + at
+        else:
+            self._uses[tail : tail + num] = block_ids
+            self._last_uses[block_ids] = np.arange(first + tail, first + tail + num)
         self._tail += num
         self._num_candidates += num
 
@@ -124,9 +133,16 @@ class LRU:
         self._num_candidates -= num
         return block_ids
 
-    def _turn_all(self, block_ids: BlockIds, before: int, after: int) -> None:
+    def _turn_all(self, block_ids: BlockIds | Sequence[int], before: int, after: int) -> None:
+        if len(block_ids) < MANY:
+            state = self._state
+            for block_id in block_ids:
+                if state[block_id] != before:
+                    raise KeyError(block_id)
+                state[block_id] = after
+            return
         if (self._states[block_ids] != before).any():
-            raise KeyError(block_ids.tolist())
+            raise KeyError(list(block_ids))
         self._states[block_ids] = after
 
     def _is_last_use(self, start: int, end: int) -> npt.NDArray[np.bool_]:

@@ -30,7 +30,7 @@ def take_victims(policy: EvictionPolicy, num: int) -> BlockIds:
 
 def insert_run(
     policy: EvictionPolicy,
-    block_ids: BlockIds,
+    block_ids: BlockIds | Sequence[BlockId],
     contents: Sequence[BlockHash],
     *,
     depth: int,
@@ -46,7 +46,7 @@ def insert_run(
         parent = block_id
 
 
-def pin_each(policy: EvictionPolicy, block_ids: BlockIds) -> None:
+def pin_each(policy: EvictionPolicy, block_ids: BlockIds | Sequence[BlockId]) -> None:
     """Someone uses these candidates again."""
     if isinstance(policy, LRU):
         policy.pin_all(block_ids)
@@ -55,7 +55,7 @@ def pin_each(policy: EvictionPolicy, block_ids: BlockIds) -> None:
         policy.pin(block_id)
 
 
-def unpin_each(policy: EvictionPolicy, block_ids: BlockIds) -> None:
+def unpin_each(policy: EvictionPolicy, block_ids: BlockIds | Sequence[BlockId]) -> None:
     """The blocks are candidates, in this order."""
     if isinstance(policy, LRU):
         policy.unpin_all(block_ids)
@@ -65,5 +65,5 @@ def unpin_each(policy: EvictionPolicy, block_ids: BlockIds) -> None:
         unpin(block_id)
 
 
-def _ids(block_ids: BlockIds) -> list[BlockId]:
-    return cast("list[BlockId]", block_ids.tolist())
+def _ids(block_ids: BlockIds | Sequence[BlockId]) -> Sequence[BlockId]:
+    return cast("list[BlockId]", block_ids.tolist()) if isinstance(block_ids, np.ndarray) else block_ids

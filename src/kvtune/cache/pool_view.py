@@ -6,9 +6,6 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-import numpy.typing as npt
-
 from kvtune.cache.arena import Arena
 from kvtune.cache.plane_rows import PlaneRows
 from kvtune.cache.prefix_index import HashIndex
@@ -26,7 +23,6 @@ class PoolView:
 
     index: HashIndex
     _ref_count: array[int]
-    _counts: npt.NDArray[np.int32]
     _hashes: list[BlockHash | None]
     _body: Arena
     _first: Arena
@@ -140,7 +136,7 @@ class PoolView:
 
     def _idle_ones(self, block_ids: Table[int]) -> list[BlockId]:
         counts, hashes = self._ref_count, self._hashes
-        if self._counts[np.array(block_ids, dtype=np.int32)].all():
+        if 0 not in map(counts.__getitem__, block_ids):
             return []
         return [b for b in ids_of(block_ids) if b >= 0 and not counts[b] and hashes[b] is not None]
 
