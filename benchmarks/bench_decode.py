@@ -24,6 +24,10 @@ SHAPES = [(8, 4, 128), (8, 1, 128), (4, 8, 64), (8, 4, 64), (8, 4, 80), (8, 4, 9
 CONTEXTS = [512, 2048, 16384]
 TOKENS = 32768
 """Tokens per cell unless --sequences says otherwise: sequences = TOKENS / context."""
+MORE = [(16384, 1), (16384, 4), (131072, 1), (16384, 20)]
+"""(context, sequences) of cells for the first shape besides: one sequence alone, and what no cache holds."""
+MANY_TOKENS = 200_000
+"""From here on memory holds two codecs beside torch's copies, heads not repeated."""
 
 
 def contenders(
@@ -38,7 +42,7 @@ def contenders(
     one_row, grouped = q.unsqueeze(2), q.view(n, h, group, dim)
     calls["sdpa"] = lambda: sdpa(one_row, k, v, enable_gqa=True)
     calls["sdpa_grouped"] = lambda: sdpa(grouped, k, v)
-    if group > 1:
+    if group > 1 and n * shape.context < MANY_TOKENS:
         wide_k, wide_v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         calls["sdpa_expanded"] = lambda: sdpa(one_row, wide_k, wide_v)
     for name in calls:
@@ -55,22 +59,33 @@ def main() -> None:
     parser.add_argument("--codec", nargs="+", help="K/V pairs, such as int8/int4 (default: all)")
     args = parser.parse_args()
     backend = choose_backend("auto")
-    shapes = [tuple(map(int, s.split(","))) for s in args.shape or []] or (
-        SHAPES[:1] if args.quick else SHAPES
-    )
-    contexts = args.context or ([2048, 16384] if args.quick else CONTEXTS)
     codecs = pairs_named(args.codec)
     recorder = Recorder("paged decode attention", args, backend.reason)
     for threads, limit in recorder.threads():
-        for (heads, group, dim), context in itertools.product(shapes, contexts):
-            for num_seqs in args.sequences or [max(1, TOKENS // context)]:
-                shape = Shape(heads, group, dim, num_seqs, context)
-                calls, work = contenders(shape, codecs, backend)
-                facts = {"kv_heads": heads, "group": group, "head_dim": dim, "context": context,
-                         "sequences": num_seqs}  # fmt: skip
-                peers = [name for name in calls if name.startswith("sdpa")]
-                recorder.cell(facts, calls, work, peers, threads, limit)
+        for (heads, group, dim), context, num_seqs in cells(args):
+            shape = Shape(heads, group, dim, num_seqs, context)
+            some = [pair for pair in codecs if pair in (("bf16", "bf16"), ("int8", "int8"))]
+            calls, work = contenders(shape, some if num_seqs * context >= MANY_TOKENS else codecs, backend)
+            facts = {"kv_heads": heads, "group": group, "head_dim": dim, "context": context,
+                     "sequences": num_seqs}  # fmt: skip
+            peers = [name for name in calls if name.startswith("sdpa")]
+            recorder.cell(facts, calls, work, peers, threads, limit)
     recorder.finish()
+
+
+def cells(args: argparse.Namespace) -> list[tuple[tuple[int, ...], int, int]]:
+    """(shape, context, sequences) of every cell asked for."""
+    shapes = [tuple(map(int, s.split(","))) for s in args.shape or []] or SHAPES
+    if args.quick:
+        shapes = shapes[:1]
+    contexts = args.context or ([2048, 16384] if args.quick else CONTEXTS)
+    found = [
+        (shape, context, num_seqs)
+        for shape, context in itertools.product(shapes, contexts)
+        for num_seqs in args.sequences or [max(1, TOKENS // context)]
+    ]
+    is_default = not (args.shape or args.context or args.sequences or args.quick)
+    return found + [(SHAPES[0], *cell) for cell in MORE if is_default]
 
 
 if __name__ == "__main__":

@@ -294,6 +294,7 @@ class Recorder:
         if not cell.is_quiet and not self._args.keep_noisy:
             self._result["dropped"].append(entry)
             print(f"  dropped: the machine was busy in {cell.attempts} attempts ({cell.before})")
+            self._keep()
             return
         best = cell.best(peers)
         entry["best_peer"] = best
@@ -305,9 +306,13 @@ class Recorder:
                 f"{m['gb_per_s']:6.1f} GB/s {m['gflop_per_s']:6.0f} GFLOP/s  limit {m['limit_ms']:.2f} ms "
                 f"({m['share_of_limit']:.0%})  x{m['speedup']:.2f} {best}"
             )
+        self._keep()
 
     def finish(self) -> None:
         self._result["load_average_after"] = round(os.getloadavg()[0], 2)
+        self._keep()
+
+    def _keep(self) -> None:
         if self._args.json:
             self._args.json.write_text(json.dumps(self._result, indent=1) + "\n")
 
