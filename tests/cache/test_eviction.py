@@ -1,5 +1,6 @@
 """Eviction policies: the conformance suites, and the order each one promises."""
 
+import numpy as np
 import pytest
 
 from kvtune.cache.eviction import FIFO, LRU, POLICIES, policy_factory
@@ -42,6 +43,61 @@ def test_lru_evicts_by_last_use():
     policy.pin(2)
     policy.unpin(2)
     assert drain(policy) == [3, 1, 2]
+
+
+def test_lru_does_the_same_for_many_blocks_at_once():
+    rng = np.random.default_rng(4)
+    single, many = LRU(), LRU()
+    resident, pinned = set(), set()
+    for _ in range(400):
+        num = int(rng.choice([3, 30, 200]))
+        verb = rng.integers(4)
+        idle = sorted(resident - pinned)
+        if verb == 0:
+            ids = rng.permutation(sorted(set(range(600)) - resident))[:num].astype(np.int32)
+            many.insert_all(ids)
+            for block in ids.tolist():
+                single.insert(block, depth=0)
+            resident |= set(ids.tolist())
+            pinned |= set(ids.tolist())
+        elif verb == 1:
+            ids = rng.permutation(sorted(pinned))[:num].astype(np.int32)
+            many.unpin_all(ids)
+            for block in ids.tolist():
+                single.unpin(block)
+            pinned -= set(ids.tolist())
+        elif verb == 2:
+            ids = rng.permutation(idle)[:num].astype(np.int32)
+            many.pin_all(ids)
+            for block in ids.tolist():
+                single.pin(block)
+            pinned |= set(ids.tolist())
+        else:
+            ids = many.take_oldest(num // 3)
+            for block in ids.tolist():
+                assert single.victim() == block
+                single.remove(block)
+            resident -= set(ids.tolist())
+        assert len(single) == len(many) == len(resident - pinned)
+        assert single.victim() == many.victim()
+    fresh = np.arange(600, 800, dtype=np.int32)
+    for policy in (single, many):
+        policy.insert_all(fresh)
+        policy.unpin_all(fresh)
+        for refused in (policy.insert_all, policy.unpin_all):
+            with pytest.raises(KeyError):
+                refused(fresh)
+    assert drain(single) == drain(many) != []
+
+
+def test_lru_forgets_outdated_uses():
+    policy = LRU()
+    for block in range(4):
+        policy.insert(block, depth=0)
+    for step in range(20_000):
+        policy.unpin(step % 4)
+        policy.pin(step % 4)
+    assert policy.num_uses < 5000
 
 
 def test_fifo_evicts_by_first_insertion_whatever_was_used_since():

@@ -174,6 +174,22 @@ def test_managers_on_native_and_python_pools_do_the_same(policy, shape, seed):
     assert stats.duplicate_blocks > 0
 
 
+@pytest.mark.parametrize("shape", ["full", "windows"])
+@pytest.mark.parametrize("policy", NATIVE_POLICIES)
+def test_managers_do_the_same_with_tables_of_hundreds_of_blocks(policy, shape):
+    groups = [FULL] if shape == "full" else [FULL, SLIDING]
+    managers = pair(policy, groups=groups, num_blocks=[900] * len(groups), block_size=1)
+    lives = LockStep(managers, random.Random(7), 250)
+    for i in range(300):
+        lives.step()
+        if i % 10 == 0:
+            for manager in managers:
+                manager.check()
+    stats = managers[0].stats()
+    assert stats.evicted_blocks > 500
+    assert stats.hit_tokens > 500
+
+
 @pytest.mark.parametrize("policy", NATIVE_POLICIES)
 def test_budgets_change_alike(policy):
     managers = pair(policy, groups=[FULL], num_blocks=[12], block_size=2, budgets=[PoolBudget(total=12)])

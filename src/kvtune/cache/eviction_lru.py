@@ -85,6 +85,11 @@ class LRU:
     def __len__(self) -> int:
         return self._num_candidates
 
+    @property
+    def num_uses(self) -> int:
+        """Uses it keeps, outdated ones too."""
+        return len(self._queue)
+
     def _turn(self, block_id: BlockId, before: int, after: int) -> None:
         if not 0 <= block_id < len(self._state) or self._state[block_id] != before:
             raise KeyError(block_id)
