@@ -18,6 +18,8 @@ Every run also gives the median time to the first token and the 99th percentile 
 Transformers answers whole batches: it takes part in `short` and `lengths`. With one thread the clock is each
 process's CPU time, with more it is wall time. Beside every result: the least time the same threads need to
 read what has to be read and multiply what has to be multiplied (see `least_seconds`).
+
+Results are kept in OUT after every cell; a later call adds to those there, or replaces them.
 """
 
 from __future__ import annotations
@@ -185,7 +187,8 @@ def run_cell(
         if before.is_quiet and after.is_quiet:
             break
     entry: dict[str, Any] = {
-        "cell": name, "threads": threads, "attempts": attempt, "probes": [asdict(before), asdict(after)],
+        "cell": name, "threads": threads, "rounds": args.rounds, "attempts": attempt,
+        "probes": [asdict(before), asdict(after)],
         "is_quiet": before.is_quiet and after.is_quiet, "engines": {},
     }  # fmt: skip
     for engine, own in runs.items():
@@ -241,10 +244,13 @@ def main() -> int:
         print("vLLM left out: give --vllm-python PATH or set KVTUNE_VLLM_PYTHON")
         args.engines = [name for name in args.engines if not name.startswith("vllm")]
     record: dict[str, Any] = {
-        "benchmark": "serving beside vLLM and Transformers", "model": MODEL, "rounds": args.rounds,
+        "benchmark": "serving beside vLLM and Transformers", "model": MODEL,
         "hardware": f"{cpu_name()}, {os.cpu_count()} CPUs, L3 {l3_size()}", "torch": torch.__version__,
         "size": args.size, "limits": {}, "cells": [],
     }  # fmt: skip
+    if args.json and args.json.exists():
+        before = json.loads(args.json.read_text())
+        record |= {key: before[key] for key in ("limits", "cells")}
     with tempfile.TemporaryDirectory() as scratch:
         model = Path(scratch) / "llama"
         write_model(model)
@@ -265,7 +271,10 @@ def main() -> int:
                     if not able:
                         continue
                     entry = run_cell(name, able, args, threads, limit)
-                    record["cells"].append(entry)
+                    record["cells"] = [
+                        other for other in record["cells"]
+                        if (other["cell"], other["threads"]) != (name, threads)
+                    ] + [entry]  # fmt: skip
                     show(entry)
                     if args.json:
                         args.json.write_text(json.dumps(record, indent=1) + "\n")
