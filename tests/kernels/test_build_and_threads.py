@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvtune.kernels.native import library_path
+from kvtune.kernels.torch_team import torch_team
 
 ROOT = Path(__file__).parents[2]
 PRELUDE = f"""
@@ -42,6 +43,28 @@ def run(code: str, threads: int) -> subprocess.CompletedProcess[str]:
 def test_one_thread_starts_none():
     result = run("before = tasks(); attend(); print(tasks() - before)", 1)
     assert result.stdout.strip() == "0", result.stderr
+
+
+@needs_library
+@pytest.mark.skipif(torch_team() == 0, reason="torch has no OpenMP of GNU's kind here")
+def test_more_threads_are_those_torch_has():
+    code = "torch.rand(1 << 22).exp(); before = tasks(); attend(); print(tasks() - before)"
+    result = run(code, 2)
+    assert result.stdout.strip() == "0", result.stderr
+
+
+@needs_library
+def test_where_torch_has_no_team_the_kernels_start_their_own():
+    code = """
+import ctypes
+from kvtune.kernels.native import library_path
+torch.rand(1 << 22).exp()
+expected, before = attend(), tasks()
+ctypes.CDLL(str(library_path())).kvtune_use_team(None)
+print(torch.equal(attend(), expected), tasks() - before)
+"""
+    result = run(code, 2)
+    assert result.stdout.strip() == "True 1", result.stderr
 
 
 @needs_library

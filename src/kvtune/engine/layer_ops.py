@@ -12,11 +12,12 @@ from typing import Final, NamedTuple, Protocol
 import torch
 from torch.nn import functional
 
+from kvtune.kernels.torch_team import torch_team
 from kvtune.native_library import find_library, open_library
 
 __all__ = ["HeadNorms", "Heads", "LayerOps", "NativeLayerOps", "TorchLayerOps", "layer_ops", "library_path"]
 
-ABI_VERSION: Final = 1
+ABI_VERSION: Final = 2
 _DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -101,6 +102,8 @@ class NativeLayerOps:
         library = open_library(
             path, "native layers", abi_symbol="kvtune_layers_abi_version", abi_version=ABI_VERSION
         )
+        library.kvtune_layers_use_team.argtypes = (c_void_p,)
+        library.kvtune_layers_use_team(torch_team())
         self._add_norm = library.kvtune_add_norm
         self._add_norm.argtypes = (*(c_void_p,) * 4, c_int64, c_int64, c_float, c_int32, c_int32)
         self._add_norm.restype = None

@@ -15,12 +15,13 @@ from kvtune.errors import InvariantError, UsageError
 from kvtune.kernels.batch import AttentionBatch, LayerCache
 from kvtune.kernels.planes import LowPlanes
 from kvtune.kernels.reference import Masking
+from kvtune.kernels.torch_team import torch_team
 from kvtune.native_library import find_library, open_library
 from kvtune.spec import PackedLayout
 
 __all__ = ["MAX_HEAD_DIM", "NativeLibrary", "library_path"]
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 MAX_HEAD_DIM = 512
 CODEC_NUMBERS = {
     "fp32": 0, "bf16": 1, "fp16": 2, "int8": 3, "int4": 4, "fp8": 5, "int4_rh": 6, "n8_rh": 7, "n4_rh": 8,
@@ -115,6 +116,8 @@ class NativeLibrary:
         self._library = open_library(
             path, "native kernels", abi_symbol="kvtune_abi_version", abi_version=ABI_VERSION
         )
+        self._library.kvtune_use_team.argtypes = (c_void_p,)
+        self._library.kvtune_use_team(torch_team())
         self._library.kvtune_find_isa.argtypes = (c_char_p,)
         self._library.kvtune_isa_name.argtypes = (c_int32,)
         self._library.kvtune_isa_name.restype = c_char_p

@@ -16,7 +16,7 @@
 
 namespace {
 
-constexpr int32_t ABI_VERSION = 1;
+constexpr int32_t ABI_VERSION = 2;
 constexpr int LANES = 16;
 constexpr int64_t ROW_ELEMENTS = 1 << 15;  // work worth waking a thread for
 
@@ -180,7 +180,7 @@ void over_rows(void (*body)(const Args&, int64_t, int64_t), const Args& args, in
   int64_t parts = rows / least;
   parts = parts < 1 ? 1 : (parts > threads ? threads : parts);
   if (parts == 1) return body(args, 0, rows);
-  kvtune::ThreadPool::instance().run(parts, threads, [&](int64_t i) { body(args, rows * i / parts, rows * (i + 1) / parts); });
+  kvtune::ThreadPool::run(parts, threads, [&](int64_t i) { body(args, rows * i / parts, rows * (i + 1) / parts); });
 }
 
 }  // namespace
@@ -188,6 +188,10 @@ void over_rows(void (*body)(const Args&, int64_t, int64_t), const Args& args, in
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 EXPORT int32_t kvtune_layers_abi_version() { return ABI_VERSION; }
+
+EXPORT void kvtune_layers_use_team(void* parallel) {
+  kvtune::ThreadPool::use_team(reinterpret_cast<kvtune::ParallelFunction>(parallel));
+}
 
 EXPORT void kvtune_add_norm(void* residual, const void* delta, const void* weight, void* out, int64_t rows, int64_t dim,
                             float eps, int32_t dtype, int32_t threads) {

@@ -132,7 +132,7 @@ int run_splits(const AttentionTable& table, const KvAttention& a, const std::vec
   std::atomic<int> status{KV_OK};
   for (size_t begin = 0; begin < items.size() && status.load() == KV_OK; begin += wave) {
     const size_t count = items.size() - begin < wave ? items.size() - begin : wave;
-    ThreadPool::instance().run(static_cast<int64_t>(count), a.num_threads, [&](int64_t i) {
+    ThreadPool::run(static_cast<int64_t>(count), a.num_threads, [&](int64_t i) {
       Work* work = thread_work();
       if (work == nullptr) return status.store(KV_NO_MEMORY);
       const SplitItem& item = items[begin + static_cast<size_t>(i)];
@@ -191,7 +191,7 @@ void clear_padding(const KvAttention& a) {
 
 int parallel(int64_t count, int num_threads, const std::function<int(int64_t)>& body) {
   std::atomic<int> status{KV_OK};
-  ThreadPool::instance().run(count, num_threads, [&](int64_t i) {
+  ThreadPool::run(count, num_threads, [&](int64_t i) {
     const int code = body(i);
     if (code != KV_OK) status.store(code);
   });
@@ -220,7 +220,12 @@ template <class F> int guarded(F&& body) {
 
 #define KV_EXPORT extern "C" __attribute__((visibility("default")))
 
-KV_EXPORT int32_t kvtune_abi_version() { return 7; }
+KV_EXPORT int32_t kvtune_abi_version() { return 8; }
+
+// GOMP_parallel of the OpenMP whose threads the kernels are to run on; null for threads of their own.
+KV_EXPORT void kvtune_use_team(void* parallel) {
+  kvtune::ThreadPool::use_team(reinterpret_cast<kvtune::ParallelFunction>(parallel));
+}
 
 // Index of an instruction set by name, or of the best one for "auto"; -1 if this machine or build lacks it.
 KV_EXPORT int32_t kvtune_find_isa(const char* name) {

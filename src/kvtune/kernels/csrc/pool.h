@@ -1,7 +1,10 @@
-// A small persistent thread pool: one call at a time, work taken by an atomic counter.
+// Threads for a call, work taken by an atomic counter: those of torch's OpenMP, or a small persistent pool.
 //
-// Workers sleep between calls (a spinning pool would fight torch's own), one thread starts none, a forked
-// child starts its own, and a second caller that finds the pool busy works alone.
+// OpenMP's workers spin for milliseconds after each of torch's operations, on the cores that others would need: where
+// torch's team is known (`use_team`), it works for us, too. (Measured with two threads on two cores, decode attention
+// after a product of torch's: 1.8 times as fast.) It does not outlive a fork.
+// The pool's workers sleep between calls, one thread starts none, a forked child starts its own, and a second caller
+// that finds the pool busy works alone.
 #pragma once
 
 #include <atomic>
@@ -14,8 +17,16 @@
 
 namespace kvtune {
 
+// GNU OpenMP's entry point: calls fn(data) on every thread of a team, this one among them.
+using ParallelFunction = void (*)(void (*fn)(void*), void* data, unsigned num_threads, unsigned flags);
+
 class ThreadPool {
  public:
+  static void use_team(ParallelFunction parallel) {
+    team_owner_ = getpid();
+    team_ = parallel;
+  }
+
   static ThreadPool& instance() {
     static std::mutex creation;
     static ThreadPool* pool = nullptr;
@@ -29,9 +40,36 @@ class ThreadPool {
   }
 
   // Run body(i) for i in [0, count) on at most num_threads threads, the caller's included.
-  void run(int64_t count, int num_threads, const std::function<void(int64_t)>& body) {
+  static void run(int64_t count, int num_threads, const std::function<void(int64_t)>& body) {
+    if (num_threads <= 1 || count <= 1) {
+      for (int64_t i = 0; i < count; i++) body(i);
+    } else if (team_ != nullptr && team_owner_ == getpid()) {
+      run_in_team(count, num_threads, body);
+    } else {
+      instance().run_in_pool(count, num_threads, body);
+    }
+  }
+
+ private:
+  struct TeamWork {
+    const std::function<void(int64_t)>& body;
+    int64_t count;
+    std::atomic<int64_t> next{0};
+  };
+
+  static void run_in_team(int64_t count, int num_threads, const std::function<void(int64_t)>& body) {
+    TeamWork work{body, count};
+    const auto drain = [](void* data) {
+      TeamWork& own = *static_cast<TeamWork*>(data);
+      for (int64_t i = own.next.fetch_add(1); i < own.count; i = own.next.fetch_add(1)) own.body(i);
+    };
+    // always the size torch uses: OpenMP ends threads that a smaller team leaves over
+    team_(drain, &work, static_cast<unsigned>(num_threads), 0);
+  }
+
+  void run_in_pool(int64_t count, int num_threads, const std::function<void(int64_t)>& body) {
     std::unique_lock<std::mutex> busy(call_, std::try_to_lock);
-    if (num_threads <= 1 || count <= 1 || !busy.owns_lock()) {
+    if (!busy.owns_lock()) {
       for (int64_t i = 0; i < count; i++) body(i);
       return;
     }
@@ -55,7 +93,6 @@ class ThreadPool {
     done_.wait(lock, [this] { return pending_ == 0; });
   }
 
- private:
   void drain() {
     for (int64_t i = next_.fetch_add(1); i < count_; i = next_.fetch_add(1)) (*body_)(i);
   }
@@ -74,6 +111,8 @@ class ThreadPool {
     }
   }
 
+  static inline ParallelFunction team_ = nullptr;
+  static inline pid_t team_owner_ = 0;
   std::mutex call_, state_;
   std::condition_variable wake_, done_;
   std::vector<std::thread> workers_;
