@@ -34,19 +34,19 @@ def test_tokens_counts_and_cached_tokens_come_back_in_request_order(stub, tokens
 def test_requests_are_sent_at_their_arrival_times_and_latency_counts_from_there(stub, tokens_behaviour):
     stub.behave = tokens_behaviour(first_s=0.1, gap_s=0.05)
     began = time.perf_counter()
-    results, duration_s = run(stub, request("now"), request("later", arrival_s=0.3))
-    assert 0.28 < stub.sent_at[1] - began < 0.6
+    results, duration_s = run(stub, request("now"), request("later", arrival_s=1.0))
+    assert stub.sent_at[1] - began > 0.98
     for result in results:
-        assert 0.1 <= result.ttft_s < 0.25
-        assert 0.045 <= result.tpot_s < 0.12
+        assert 0.1 <= result.ttft_s < 1.0  # counted from the start of the run it were 1.1 for the second
+        assert result.tpot_s >= 0.045
         assert result.e2e_s == pytest.approx(result.ttft_s + sum(result.itl_s))
-    assert duration_s == pytest.approx(0.55, abs=0.2)
+    assert duration_s >= 1.0 + results[1].e2e_s - 0.02
 
 
 def test_waiting_for_the_clients_own_concurrency_limit_is_not_latency(stub, tokens_behaviour):
-    stub.behave = tokens_behaviour(first_s=0.2)
+    stub.behave = tokens_behaviour(first_s=0.7)
     results, _ = run(stub, request("a"), request("b"), max_concurrency=1)
-    assert all(0.2 <= r.ttft_s < 0.35 for r in results)
+    assert all(0.7 <= r.ttft_s < 1.4 for r in results)  # waiting for the first it were 1.4 for the second
     assert stub.most_running == 1
 
 
